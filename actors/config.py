@@ -1,0 +1,100 @@
+"""Frozen configuration of one pipeline, as `serve deploy` and `corral serve` state it.
+
+Owns the keys, their defaults and their bounds. "auto" values are resolved once, by the planner (`cluster/layout.py`)
+or by the rank that knows its device. Unknown keys are errors. The environment is not read here.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import msgspec
+
+from actors.errors import ConfigError
+
+Layout = Literal["auto", "single", "colocated", "disaggregated"]
+Device = Literal["auto", "cpu", "cuda"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Load = Literal["checkpoint", "dummy"]
+Routing = Literal["model", "uniform"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineConfig:
+    """Everything that a pipeline is told. Names follow vLLM's flags where one exists.
+
+    Raises ConfigError from `parse` on an unknown key or a value out of bounds.
+    """
+
+    model: str = "shape:tiny"  # checkpoint directory, or shape:NAME for random weights made on first use
+    served_model_name: str = ""  # what clients call it; "" is the directory's last part
+    application: str = "corral"  # names the detached rank actors
+
+    layout: Layout = "auto"
+    attention_ranks: int = 1
+    expert_ranks: int = 1
+    expert_replicas: int = 1  # copies of every expert, on different ranks
+    device: Device = "auto"
+    threads_per_rank: int = 0  # CPU threads of each rank; 0 divides the machine's cores
+
+    dtype: DType = "auto"  # compute dtype of unquantized weights; auto is the checkpoint's
+    load: Load = "checkpoint"  # dummy: random weights on the device, for benchmarks at full size
+    routing: Routing = "model"  # uniform: benchmarks only, experts by token position instead of by score
+
+    max_model_len: int = 0  # tokens of prompt + output; 0 is the model's own limit, or what the KV cache holds
+    max_num_batched_tokens: int = 2048  # tokens of one step, all attention ranks' prefill and decode together
+    max_num_seqs: int = 256  # requests that run at once, per attention rank
+    max_queued_requests: int = 1024  # waiting beyond this: 429 / RESOURCE_EXHAUSTED
+    page_tokens: int = 16
+    kv_cache_bytes: int = 0  # per attention rank; 0: on GPU what gpu_memory_utilization leaves, on CPU 256 MiB
+    gpu_memory_utilization: float = 0.9
+
+    step_timeout_s: float = 10.0  # a step that takes longer has lost a rank
+    group_timeout_s: float = 5.0  # one collective operation
+    join_timeout_s: float = 10.0
+    lease_s: float = 30.0  # a rank that hears no router for this long exits
+    ingress_lease_s: float = 5.0  # requests of an ingress that is silent for this long are cancelled
+
+    @staticmethod
+    def parse(values: dict[str, Any]) -> "PipelineConfig":
+        """Builds a config from plain data (YAML, JSON), naming the key in any error."""
+        known = {f.name for f in fields(PipelineConfig)}
+        for key in values:
+            if key not in known:
+                raise ConfigError(key, f"unknown key; known are {', '.join(sorted(known))}")
+        try:
+            config = msgspec.convert(values, PipelineConfig)
+        except msgspec.ValidationError as e:
+            key = str(e).rpartition("$.")[2].rstrip("`") or "config"
+            raise ConfigError(key, str(e).partition(" - at")[0]) from e
+        config._check_bounds()
+        return config
+
+    def _check_bounds(self) -> None:
+        for key in ("attention_ranks", "expert_ranks", "expert_replicas", "max_num_batched_tokens", "max_num_seqs",
+                    "page_tokens"):  # fmt: skip
+            if getattr(self, key) < 1:
+                raise ConfigError(key, "must be at least 1")
+        for key in ("threads_per_rank", "max_model_len", "max_queued_requests", "kv_cache_bytes"):
+            if getattr(self, key) < 0:
+                raise ConfigError(key, "must not be negative")
+        for key in ("step_timeout_s", "group_timeout_s", "join_timeout_s", "lease_s", "ingress_lease_s"):
+            if not getattr(self, key) > 0:
+                raise ConfigError(key, "must be above 0 seconds")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError("gpu_memory_utilization", "must be in (0, 1]")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The config as plain data, for the wire and for `parse`."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IngressConfig:
+    """Limits at the edge."""
+
+    max_body_bytes: int = 4 * 1024 * 1024
+    max_stop_strings: int = 16
+    max_n: int = 16
+    max_logprobs: int = 20
+    default_max_tokens: int = 0  # OpenAI clients that name none get this; 0 is all the room that the context leaves
+    extra_model_names: tuple[str, ...] = field(default=())
