@@ -57,15 +57,7 @@ class PipelineConfig:
     @staticmethod
     def parse(values: dict[str, Any]) -> "PipelineConfig":
         """Builds a config from plain data (YAML, JSON), naming the key in any error."""
-        known = {f.name for f in fields(PipelineConfig)}
-        for key in values:
-            if key not in known:
-                raise ConfigError(key, f"unknown key; known are {', '.join(sorted(known))}")
-        try:
-            config = msgspec.convert(values, PipelineConfig)
-        except msgspec.ValidationError as e:
-            key = str(e).rpartition("$.")[2].rstrip("`") or "config"
-            raise ConfigError(key, str(e).partition(" - at")[0]) from e
+        config: PipelineConfig = _convert(values, PipelineConfig)
         config._check_bounds()
         return config
 
@@ -95,6 +87,35 @@ class IngressConfig:
     max_body_bytes: int = 4 * 1024 * 1024
     max_stop_strings: int = 16
     max_n: int = 16
+    max_prompts: int = 64  # prompts of one /v1/completions call; n answers to each
     max_logprobs: int = 20
     default_max_tokens: int = 0  # OpenAI clients that name none get this; 0 is all the room that the context leaves
+    stream_interval_ms: int = (
+        0  # least time between two messages of a stream; tokens that come meanwhile travel together
+    )
     extra_model_names: tuple[str, ...] = field(default=())
+
+    @staticmethod
+    def parse(values: dict[str, Any]) -> "IngressConfig":
+        """Builds a config from plain data. Raises ConfigError on an unknown key or a value out of bounds."""
+        config: IngressConfig = _convert(values, IngressConfig)
+        for key in ("max_body_bytes", "max_n", "max_prompts"):
+            if getattr(config, key) < 1:
+                raise ConfigError(key, "must be at least 1")
+        for key in ("max_stop_strings", "max_logprobs", "default_max_tokens", "stream_interval_ms"):
+            if getattr(config, key) < 0:
+                raise ConfigError(key, "must not be negative")
+        return config
+
+
+def _convert(values: dict[str, Any], kind: type[Any]) -> Any:
+    """Plain data as a dataclass of `kind`. Raises ConfigError naming the key."""
+    known = {f.name for f in fields(kind)}
+    for key in values:
+        if key not in known:
+            raise ConfigError(key, f"unknown key; known are {', '.join(sorted(known))}")
+    try:
+        return msgspec.convert(values, kind)
+    except msgspec.ValidationError as e:
+        key = str(e).rpartition("$.")[2].rstrip("`") or "config"
+        raise ConfigError(key, str(e).partition(" - at")[0]) from e

@@ -22,6 +22,14 @@ class RequestError(CorralError):
         return f"{self.field}: {self.problem}"
 
 
+class ContextLengthError(RequestError):
+    """A prompt leaves no room in the model's context."""
+
+
+class BodyTooLargeError(RequestError):
+    """A request's body is larger than the front reads."""
+
+
 class ModelNotFoundError(CorralError):
     """The client asked for a model that is not served here."""
 

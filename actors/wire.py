@@ -40,7 +40,7 @@ FROM_ROUTER: Codec[FromRouter] = Codec(FromRouter)
 
 def open_socket(context: zmq.Context[Any], kind: int) -> zmq.Socket[Any]:
     """A socket that never blocks at close and whose io thread notices a dead peer within 4 s."""
-    socket = context.socket(kind)
+    socket: zmq.Socket[Any] = context.socket(kind)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MESSAGES)
     socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MESSAGES)

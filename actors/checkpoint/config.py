@@ -4,6 +4,7 @@ Owns the translation of config files into one frozen value. Knows nothing of ten
 generation_config.json. Source: the files of meta-llama/Llama-4-* and transformers' Llama4TextConfig.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Any, Literal
 from actors.errors import CheckpointError
 
 ExpertFormat = Literal["plain", "fp8"]
+
+_DTYPES = ("bfloat16", "float32", "float16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,100 +85,142 @@ def read_model_config(directory: Path) -> ModelConfig:
     """Reads `config.json` (and eos ids from generation_config.json where it is there). Raises CheckpointError."""
     path = directory / "config.json"
     try:
-        values = json.loads(path.read_text())
+        config = parse_model_config(_read_json(path))
+    except (KeyError, ValueError) as e:
+        problem = f"lacks {e}" if isinstance(e, KeyError) else str(e)
+        raise CheckpointError(str(path), None, problem) from e
+    generation = directory / "generation_config.json"
+    if not generation.exists():
+        return config
+    try:
+        eos_token_ids = _ids(_read_json(generation), "eos_token_id", config.eos_token_ids)
+    except ValueError as e:
+        raise CheckpointError(str(generation), None, str(e)) from e
+    return dataclasses.replace(config, eos_token_ids=eos_token_ids)
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
     except OSError as e:
         raise CheckpointError(str(path), None, f"cannot be read: {e.strerror}") from e
     except ValueError as e:
         raise CheckpointError(str(path), None, f"is not JSON: {e}") from e
-    try:
-        return parse_model_config(values)
-    except (KeyError, TypeError, ValueError) as e:
-        problem = f"lacks {e}" if isinstance(e, KeyError) else str(e)
-        raise CheckpointError(str(path), None, problem) from e
+    if not isinstance(values, dict):
+        raise CheckpointError(str(path), None, "is not a JSON object")
+    return values
 
 
 def parse_model_config(values: Mapping[str, Any]) -> ModelConfig:
     """Translates a parsed config.json, nested (`text_config`) or flat, in the old spelling (`rope_theta`,
     `rope_scaling`, `interleave_moe_layer_step`) or the new (`rope_parameters`, `layer_types`, `moe_layers`).
+
+    A key that is absent has the default of transformers' Llama4TextConfig. Raises KeyError for a size that is not
+    there, ValueError (naming the key) for what makes no model or is not supported.
     """
-    text: Mapping[str, Any] = values.get("text_config") or values
-    layers = int(text["num_hidden_layers"])
-    rope = text.get("rope_parameters") or {}
-    theta = rope.get("rope_theta", text.get("rope_theta", 500000.0))
-    hidden, heads = int(text["hidden_size"]), int(text["num_attention_heads"])
-    expert_width = int(text["intermediate_size"])
-    return ModelConfig(
+    text = _mapping(values, "text_config") or values
+    layers, heads, hidden = (_size(text, key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
+    rope_parameters = _mapping(text, "rope_parameters")
+    rope_layers = _rope_layers(text, layers)
+    config = ModelConfig(
         hidden_size=hidden,
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=int(text.get("num_key_value_heads") or heads),
-        head_dim=int(text.get("head_dim") or hidden // heads),
-        vocab_size=int(text["vocab_size"]),
-        expert_width=expert_width,
-        dense_width=int(text.get("intermediate_size_mlp", expert_width)),
-        num_experts=int(text.get("num_local_experts", 0)),
-        experts_per_token=int(text.get("num_experts_per_tok", 1)),
+        num_kv_heads=_size(text, "num_key_value_heads", heads),
+        head_dim=_size(text, "head_dim", hidden // heads),
+        vocab_size=_size(text, "vocab_size"),
+        expert_width=_size(text, "intermediate_size"),
+        dense_width=_size(text, "intermediate_size_mlp", 16384),
+        num_experts=_size(text, "num_local_experts", 16),
+        experts_per_token=_size(text, "num_experts_per_tok", 1),
         moe_layers=_moe_layers(text, layers),
-        rope_layers=_rope_layers(text, layers),
-        chunk_tokens=int(text.get("attention_chunk_size") or 0),
+        rope_layers=rope_layers,
+        chunk_tokens=_chunk_tokens(text, rope_layers),
         use_qk_norm=bool(text.get("use_qk_norm", True)),
-        rms_norm_eps=float(text.get("rms_norm_eps", 1e-5)),
-        rope_theta=float(theta),
-        rope_scaling=_rope_scaling(text.get("rope_scaling") or rope),
-        temperature_tuning=bool(text.get("attn_temperature_tuning", True)),
-        floor_scale=int(text.get("floor_scale", 8192)),
-        attn_scale=float(text.get("attn_scale", 0.1)),
-        max_position_embeddings=int(text.get("max_position_embeddings", 131072)),
+        rms_norm_eps=_number(text, "rms_norm_eps", 1e-5),
+        rope_theta=_number(rope_parameters, "rope_theta", _number(text, "rope_theta", 500000.0)),
+        rope_scaling=_rope_scaling(_mapping(text, "rope_scaling") or rope_parameters),
+        temperature_tuning=bool(text.get("attn_temperature_tuning", True)),  # transformers 4.51 wrote 4 for true
+        floor_scale=_whole(text, "floor_scale", 8192),
+        attn_scale=_number(text, "attn_scale", 0.1),
+        max_position_embeddings=_size(text, "max_position_embeddings", 131072),
         tie_word_embeddings=bool(values.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
-        bos_token_id=int(text.get("bos_token_id", 200000)),
-        eos_token_ids=_as_ids(text.get("eos_token_id", (200001, 200007, 200008))),
-        pad_token_id=int(text.get("pad_token_id", -1)),
-        dtype=str(text.get("dtype") or text.get("torch_dtype") or values.get("dtype")
-                  or values.get("torch_dtype") or "bfloat16").removeprefix("torch."),  # fmt: skip
-        quantized=_expert_format(values.get("quantization_config") or text.get("quantization_config")),
-        has_vision="vision_config" in values,
+        bos_token_id=_whole(text, "bos_token_id", 200000),
+        eos_token_ids=_ids(text, "eos_token_id", (200001, 200007, 200008)),
+        pad_token_id=_whole(text, "pad_token_id", -1),
+        dtype=_dtype(text, values),
+        quantized=_expert_format(_mapping(values, "quantization_config") or _mapping(text, "quantization_config")),
+        has_vision=values.get("vision_config") is not None,
     )
+    _check(config, text)
+    return config
+
+
+def _check(config: ModelConfig, text: Mapping[str, Any]) -> None:
+    """Raises ValueError for sizes that contradict each other and for what this model family does not have."""
+    if config.num_heads % config.num_kv_heads:
+        raise ValueError(f"num_attention_heads {config.num_heads} is no multiple of {config.num_kv_heads} kv heads")
+    if config.head_dim % 2:
+        raise ValueError(f"head_dim {config.head_dim} is odd, but positions rotate pairs")
+    if config.moe_layers and config.experts_per_token > config.num_experts:
+        raise ValueError(f"num_experts_per_tok is above num_local_experts {config.num_experts}")
+    if any(not 0 <= layer < config.num_layers for layer in config.moe_layers):
+        raise ValueError(f"moe_layers names layers outside of 0..{config.num_layers - 1}")
+    if config.floor_scale < 1:
+        raise ValueError("floor_scale must be above 0")
+    if text.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act {text['hidden_act']!r} is not known; silu is")
+    if text.get("attention_bias"):
+        raise ValueError("attention_bias is not supported")
 
 
 def _moe_layers(text: Mapping[str, Any], layers: int) -> tuple[int, ...]:
-    stated = text.get("moe_layers")
-    if stated is not None:
-        return tuple(int(i) for i in stated)
-    step = int(text.get("interleave_moe_layer_step", 1))
+    if text.get("moe_layers") is not None:
+        return tuple(sorted(set(_ids(text, "moe_layers", ()))))
+    step = _whole(text, "interleave_moe_layer_step", 1)
     return tuple(range(step - 1, layers, step)) if step > 0 else ()
 
 
 def _rope_layers(text: Mapping[str, Any], layers: int) -> tuple[int, ...]:
-    stated = text.get("no_rope_layers")  # 1 means the layer uses RoPE; an empty list means the default pattern
+    stated = _ids(text, "no_rope_layers", ())  # 1 means the layer uses RoPE; an empty list means the default pattern
     if stated:
         if len(stated) != layers:
             raise ValueError(f"no_rope_layers has {len(stated)} entries for {layers} layers")
         return tuple(i for i, uses_rope in enumerate(stated) if uses_rope)
-    interval = int(text.get("no_rope_layer_interval", 4))
+    interval = _size(text, "no_rope_layer_interval", 4)
     return tuple(i for i in range(layers) if (i + 1) % interval != 0)
 
 
+def _chunk_tokens(text: Mapping[str, Any], rope_layers: tuple[int, ...]) -> int:
+    """The chunk of the layers that rotate; 0 where `layer_types` says that no layer is chunked."""
+    stated = text.get("attention_chunk_size", 8192)  # null or 0 is no chunking, absent is the default
+    chunk = _size(text, "attention_chunk_size", 8192) if stated else 0
+    types = text.get("layer_types")
+    if types is None:
+        return chunk
+    chunked = tuple(i for i, kind in enumerate(types) if kind == "chunked_attention")
+    if not chunked:
+        return 0
+    if chunked != rope_layers:
+        raise ValueError("layer_types and no_rope_layers disagree: the layers that rotate are the chunked ones")
+    return chunk
+
+
 def _rope_scaling(scaling: Mapping[str, Any]) -> RopeScaling | None:
-    kind = scaling.get("rope_type", scaling.get("type", "default")) if scaling else "default"
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return None
     if kind != "llama3":
         raise ValueError(f"rope scaling of type {kind!r} is not known; llama3 is")
     return RopeScaling(
-        factor=float(scaling["factor"]),
-        low_freq_factor=float(scaling["low_freq_factor"]),
-        high_freq_factor=float(scaling["high_freq_factor"]),
-        original_max_position_embeddings=int(scaling["original_max_position_embeddings"]),
+        factor=_number(scaling, "factor"),
+        low_freq_factor=_number(scaling, "low_freq_factor"),
+        high_freq_factor=_number(scaling, "high_freq_factor"),
+        original_max_position_embeddings=_size(scaling, "original_max_position_embeddings"),
     )
 
 
-def _as_ids(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(int(v) for v in value) if isinstance(value, list | tuple) else (int(value),)
-
-
-def _expert_format(quantization: Mapping[str, Any] | None) -> ExpertFormat:
+def _expert_format(quantization: Mapping[str, Any]) -> ExpertFormat:
     """Which of the known quantizations the checkpoint announces. Raises ValueError on any other."""
     if not quantization:
         return "plain"
@@ -185,3 +230,54 @@ def _expert_format(quantization: Mapping[str, Any] | None) -> ExpertFormat:
     raise ValueError(
         f"quantization_config: {method!r} with format {form!r} is not known; known: compressed-tensors float-quantized"
     )
+
+
+def _dtype(text: Mapping[str, Any], values: Mapping[str, Any]) -> str:
+    stated = [level.get(key) for level in (text, values) for key in ("dtype", "torch_dtype")]
+    name = str(next((value for value in stated if value is not None), "bfloat16")).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise ValueError(f"dtype {name!r} is not known; known are {', '.join(_DTYPES)}")
+    return name
+
+
+def _mapping(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = values.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{key} must be an object, not {value!r}")
+    return value
+
+
+def _number(values: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """The number under `key`, or `default` where it is absent or null. Raises KeyError without one."""
+    value = values.get(key)
+    if value is None:
+        if default is None:
+            raise KeyError(key)
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{key} must be a number, not {value!r}")
+    return float(value)
+
+
+def _whole(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    number = _number(values, key, default)
+    if number != int(number):
+        raise ValueError(f"{key} must be a whole number, not {number}")
+    return int(number)
+
+
+def _size(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    size = _whole(values, key, default)
+    if size < 1:
+        raise ValueError(f"{key} must be at least 1, not {size}")
+    return size
+
+
+def _ids(values: Mapping[str, Any], key: str, default: tuple[int, ...]) -> tuple[int, ...]:
+    """One whole number or a list of them; `default` where the key is absent or null."""
+    value = values.get(key)
+    if value is None:
+        return default
+    return tuple(_whole({key: item}, key) for item in (value if isinstance(value, list | tuple) else (value,)))

@@ -5,7 +5,7 @@ positions or layers' weights: experts are reached through `ExpertCompute`.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,8 +38,8 @@ class RoutingTable:
     num_replicas_ME: Tensor
 
 
-class Receipt(Protocol):
-    """What `dispatch` hands to `combine`. Opaque to the caller; used once."""
+Receipt = Any
+"""What `dispatch` hands to `combine`: each implementation's own, opaque to the caller, used once."""
 
 
 class Dispatch(Protocol):

@@ -1,0 +1,110 @@
+"""Attention of one layer over paged keys and values.
+
+Owns the arithmetic between the fused projection and the output projection: rotation, norm, temperature, the write
+into the cache and the softmax over what each row may see. What it may see was decided in `page_groups.py`. Keys and
+values are never repeated for grouped queries.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 (the name that everybody knows)
+
+from actors.attention.batch import StepInputs
+from actors.attention.kv_cache import LayerCache
+from actors.attention.page_groups import DecodeGroup, GroupInputs, PageRun, Run, bottom_right_mask
+from actors.attention.rope import rotate_
+from actors.checkpoint.config import ModelConfig
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / rms(x) over the last dimension in fp32, cast to x's dtype, then times `weight` in that dtype."""
+    if x.dtype == torch.float32:
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    y = F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype)
+    return y if weight is None else y * weight
+
+
+class Attention:
+    """What all layers share; the layer itself is told by its cache and two flags."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._num_heads = config.num_heads
+        self._num_kv_heads = config.num_kv_heads
+        self._queries_per_kv = config.queries_per_kv
+        self._head_dim = config.head_dim
+        self._eps = config.rms_norm_eps
+        self._use_qk_norm = config.use_qk_norm
+
+    def __call__(
+        self, qkv_TN: Tensor, inputs: StepInputs, group: GroupInputs, cache: LayerCache, uses_rope: bool
+    ) -> Tensor:
+        """qkv_TN: [T, (Hq + 2 Hkv) * head_dim], overwritten. Writes the step's keys and values into `cache`.
+
+        Returns [T, Hq * head_dim], before the output projection. T is at least 1.
+        """
+        qkv_THd = qkv_TN.view(qkv_TN.shape[0], -1, self._head_dim)
+        if uses_rope:
+            self._rotate(qkv_THd, inputs)
+        elif inputs.temperatures_T11 is not None:
+            qkv_THd[:, : self._num_heads].mul_(inputs.temperatures_T11)
+        kv_THd = qkv_THd[:, self._num_heads :]
+        cache.tokens_NHd.index_copy_(0, group.write_slots_T, kv_THd)
+        # Query head h reads kv head h // G.
+        q_THd = qkv_THd[:, : self._num_heads]
+        q_TKGd = q_THd.view(-1, self._num_kv_heads, self._queries_per_kv, self._head_dim)
+        return self._attend(q_TKGd, kv_THd, group, cache)
+
+    def _rotate(self, qkv_THd: Tensor, inputs: StepInputs) -> None:
+        qk_THd = qkv_THd[:, : self._num_heads + self._num_kv_heads]
+        rotate_(qk_THd, inputs.rotations_T1R)
+        if self._use_qk_norm:
+            qk_THd.copy_(rms_norm(qk_THd, None, self._eps))
+
+    def _attend(self, q_TKGd: Tensor, kv_THd: Tensor, group: GroupInputs, cache: LayerCache) -> Tensor:
+        if len(group.decode) + len(group.runs) == 1:  # the result is the output: nothing to gather
+            if group.decode:
+                return self._decode(q_TKGd, group.decode[0], cache)
+            return self._run(q_TKGd, kv_THd, group.runs[0], cache)
+        out_TN = q_TKGd.new_empty(q_TKGd.shape[0], self._num_heads * self._head_dim)
+        for decode in group.decode:
+            out_TN[decode.rows] = self._decode(q_TKGd[decode.rows], decode, cache)
+        for run in group.runs:
+            out_TN[run.rows] = self._run(q_TKGd[run.rows], kv_THd[run.rows], run, cache)
+        return out_TN
+
+    def _decode(self, q_BKGd: Tensor, decode: DecodeGroup, cache: LayerCache) -> Tensor:
+        """The queries that share a kv head stand where a sequence's positions would: they read the same keys."""
+        kv_BLHd = _read_pages(cache, decode.pages, decode.num_rows)[:, : decode.num_keys]
+        k_BKLd = kv_BLHd[:, :, : self._num_kv_heads].transpose(1, 2)
+        v_BKLd = kv_BLHd[:, :, self._num_kv_heads :].transpose(1, 2)
+        out_BKGd = F.scaled_dot_product_attention(q_BKGd, k_BKLd, v_BKLd, attn_mask=decode.mask_B11L)
+        return out_BKGd.flatten(1)
+
+    def _run(self, q_QKGd: Tensor, kv_QHd: Tensor, run: Run, cache: LayerCache) -> Tensor:
+        """kv heads stand where a batch would, and each one's keys are seen by its G query heads through stride 0."""
+        kv_LHd = kv_QHd if run.pages is None else _read_pages(cache, run.pages, 1)[0, : run.num_keys]
+        kv_HLd = kv_LHd.transpose(0, 1)
+        shape = (self._num_kv_heads, self._queries_per_kv, run.num_keys, self._head_dim)
+        out_KGQd = F.scaled_dot_product_attention(
+            q_QKGd.permute(1, 2, 0, 3),
+            kv_HLd[: self._num_kv_heads, None].expand(shape),
+            kv_HLd[self._num_kv_heads :, None].expand(shape),
+            attn_mask=_run_mask(run, q_QKGd),
+            is_causal=run.pages is None,
+        )
+        return out_KGQd.permute(2, 0, 1, 3).flatten(1)
+
+
+def _run_mask(run: Run, like: Tensor) -> Tensor | None:
+    if run.pages is None or run.num_queries == 1 or run.mask_QL is not None:
+        return run.mask_QL
+    return bottom_right_mask(run.num_queries, run.num_keys, like.dtype, like.device)
+
+
+def _read_pages(cache: LayerCache, pages: PageRun, num_rows: int) -> Tensor:
+    """[num_rows, tokens of the pages, 2 Hkv, head_dim]: a view where the pages lie together, else a copy."""
+    if pages.first is not None:
+        pages_PSHd = cache.pages_PSHd[pages.first : pages.first + pages.num_pages]
+    else:
+        pages_PSHd = cache.flat_PN.index_select(0, pages.ids_N).view(-1, *cache.pages_PSHd.shape[1:])
+    return pages_PSHd.view(num_rows, -1, *pages_PSHd.shape[2:])

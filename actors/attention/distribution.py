@@ -1,0 +1,109 @@
+"""From logits and a uniform number to a token: temperature, top-k, top-p, min-p and the draw.
+
+Owns the arithmetic of a distribution; knows nothing of requests. Probabilities are held as integers (fixed point: the
+likeliest token weighs `unit(V)`), because integer sums do not depend on the order of adding: a row gives the same
+token however many rows share the batch and whichever kernel adds them. On CUDA nothing here waits for the device.
+
+Tokens rank by logit, equal ones by id, lower first, so that top_k = 1 is greedy. Shapes: R rows, V vocabulary, N the
+tokens that are ranked.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK_TOKENS = 64  # of the two-level search; divides the vocabulary of most models
+SHORT_RANK = 1024  # a CPU looks for the nucleus among this many tokens before it sorts them all
+
+
+def unit(vocab_size: int) -> int:
+    """The weight of the likeliest token: the power of two that keeps the sum of a row below 2**62."""
+    return 1 << (62 - vocab_size.bit_length())
+
+
+def distances(x_RV: Tensor, temperature_R: Tensor) -> Tensor:
+    """(max - logit) / temperature: fp32, never negative, 0 exactly at the maximum. x_RV fp32, temperature_R above 0.
+
+    The difference comes first: a logit over a small temperature overflows, a distance that does is merely far.
+    """
+    return (x_RV.amax(-1, keepdim=True) - x_RV).div_(temperature_R[:, None])
+
+
+def weights_at(distance: Tensor, unit_weight: int) -> Tensor:
+    """floor(exp(-distance) * unit_weight), int64."""
+    return distance.neg().exp_().mul_(unit_weight).to(torch.int64)
+
+
+def keep_top_k(weight_RV: Tensor, distance_RV: Tensor, top_k_R: Tensor, max_top_k: int) -> Tensor:
+    """Weights of the k likeliest tokens, 0 elsewhere. top_k_R int64 in [1, max_top_k], max_top_k at most V."""
+    return _keep_ranks(weight_RV, distance_RV, _nearest(distance_RV, max_top_k), top_k_R[:, None])
+
+
+def keep_top_p(weight_RV: Tensor, distance_RV: Tensor, top_p_R: Tensor, max_rank: int) -> Tensor:
+    """Weights of the fewest likeliest tokens that together have `top_p` of the row's weight, 0 elsewhere.
+
+    top_p_R float64 in (0, 1]. At least one token is kept. No token beyond `max_rank` has weight (V if unknown).
+    """
+    unit_weight = unit(weight_RV.shape[-1])
+    target_R = (weight_RV.sum(-1).double() * top_p_R).ceil_().to(torch.int64).clamp_(min=1)
+    nearest_RN = _nearest(distance_RV, min(max_rank, SHORT_RANK) if weight_RV.is_cpu else max_rank)
+    ranked_RN = weights_at(nearest_RN, unit_weight)
+    if nearest_RN.shape[-1] < max_rank and bool((ranked_RN.sum(-1) < target_R).any()):
+        nearest_RN = _nearest(distance_RV, max_rank)
+        ranked_RN = weights_at(nearest_RN, unit_weight)
+    num_kept_R1 = _locate(ranked_RN, target_R - 1)[:, None] + 1
+    return _keep_ranks(weight_RV, distance_RV, nearest_RN, num_kept_R1)
+
+
+def keep_min_p(weight_RV: Tensor, min_p_R: Tensor) -> Tensor:
+    """Weights of tokens that are at least `min_p` times as likely as the likeliest, 0 elsewhere.
+
+    min_p_R float64 in [0, 1].
+    """
+    least_R = (min_p_R * unit(weight_RV.shape[-1])).ceil_().to(torch.int64)
+    return weight_RV.masked_fill(weight_RV < least_R[:, None], 0)
+
+
+def draw(weight_RV: Tensor, uniform_R: Tensor) -> Tensor:
+    """The token in whose share of the row's weight `uniform_R` (float64 in [0, 1)) falls, shares lying in order of id.
+
+    Returns int64 [R]. A row without weight gives some id in [0, V).
+    """
+    total_R = weight_RV.sum(-1)
+    target_R = (total_R.double() * uniform_R).to(torch.int64).minimum(total_R - 1)
+    return _locate(weight_RV, target_R)
+
+
+def _nearest(distance_RV: Tensor, num_ranked: int) -> Tensor:
+    """The smallest distances of each row, ascending, [R, num_ranked]."""
+    if 4 * num_ranked <= distance_RV.shape[-1]:
+        return distance_RV.topk(num_ranked, largest=False, sorted=True).values
+    return distance_RV.sort(-1).values[:, :num_ranked].contiguous()
+
+
+def _keep_ranks(weight_RV: Tensor, distance_RV: Tensor, nearest_RN: Tensor, num_kept_R1: Tensor) -> Tensor:
+    """Weights of the `num_kept` first tokens by (distance, id), 0 elsewhere."""
+    threshold_R1 = nearest_RN.gather(1, num_kept_R1 - 1)
+    num_ties_R1 = num_kept_R1 - torch.searchsorted(nearest_RN, threshold_R1)
+    tie_RV = distance_RV == threshold_R1
+    last_tie_R1 = _locate(tie_RV, num_ties_R1.squeeze(-1) - 1)[:, None]
+    ids_V = torch.arange(distance_RV.shape[-1], device=distance_RV.device)
+    return torch.where((distance_RV < threshold_R1) | (tie_RV & (ids_V <= last_tie_R1)), weight_RV, 0)
+
+
+def _locate(mass_RV: Tensor, target_R: Tensor) -> Tensor:
+    """The first index at which the running sum of mass_RV (int64 or bool) exceeds the target; the last if none does.
+
+    In two levels, over the sums of blocks and then in one block: a running sum over the whole row is slow on a GPU.
+    """
+    num_rows, width = mass_RV.shape
+    padded_RV = F.pad(mass_RV, (0, -width % BLOCK_TOKENS)) if width % BLOCK_TOKENS else mass_RV
+    blocks = padded_RV.view(num_rows, -1, BLOCK_TOKENS)
+    block_sums = blocks.sum(-1)
+    reached = block_sums.cumsum(-1)
+    target_R1 = target_R[:, None]
+    block_R1 = torch.searchsorted(reached, target_R1, right=True).clamp_(max=blocks.shape[1] - 1)
+    left_R1 = target_R1 - (reached.gather(1, block_R1) - block_sums.gather(1, block_R1))
+    inside = blocks.gather(1, block_R1[:, :, None].expand(-1, -1, BLOCK_TOKENS)).squeeze(1).cumsum(-1)
+    index_R1 = block_R1 * BLOCK_TOKENS + torch.searchsorted(inside, left_R1, right=True)
+    return index_R1.squeeze(-1).clamp_(max=width - 1)

@@ -1,0 +1,142 @@
+"""An attention rank's work: plans in, sampled tokens out.
+
+Owns the weights, the KV cache, the admitted requests and the sampler of one rank, and the order in which a step uses
+them. Knows nothing of sockets, epochs or where experts are: dispatch is given to it when an epoch starts.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from actors.attention.batch import BatchBuilder, StepInputs
+from actors.attention.kv_cache import KvCache, PagePools, fit_page_tokens, plan_pages
+from actors.attention.model import AttentionModel
+from actors.attention.requests import RequestTable
+from actors.attention.sampler import SampledBatch, Sampler
+from actors.checkpoint.config import ModelConfig
+from actors.checkpoint.index import validate_checkpoint
+from actors.checkpoint.weights import AttentionWeights, dummy_attention, load_attention, num_weight_bytes
+from actors.config import PipelineConfig
+from actors.dispatch.contract import Dispatch
+from actors.precision import compute_dtype
+from actors.types import RankPlan, SampledToken, Work
+
+CPU_CACHE_BYTES = 256 << 20
+DUMMY_SEED = 0
+
+
+class AttentionWorker:
+    """One attention rank. Use: `load`, `allocate_cache`, then `start_epoch` and any number of steps."""
+
+    def __init__(
+        self, config: ModelConfig, pipeline: PipelineConfig, weights: AttentionWeights, device: torch.device
+    ) -> None:
+        self._config = config
+        self._pipeline = pipeline
+        self._device = device
+        self._dtype = weights.embed_VD.dtype
+        self.weight_bytes = num_weight_bytes(weights)
+        self._model = AttentionModel(config, weights, pipeline.routing)
+        self._requests = RequestTable(device)
+        self._sampler = Sampler(config.vocab_size, device)
+        self._builder: BatchBuilder | None = None
+        self._cache: KvCache | None = None
+        self._dispatch: Dispatch | None = None
+
+    @classmethod
+    def load(
+        cls,
+        config: ModelConfig,
+        pipeline: PipelineConfig,
+        device: torch.device,
+        report: Callable[[int, int], None] | None = None,
+    ) -> "AttentionWorker":
+        """Reads, or with `load: dummy` makes, everything but the routed experts. Raises CheckpointError."""
+        dtype = compute_dtype(config, pipeline)
+        if pipeline.load == "dummy":
+            weights = dummy_attention(config, dtype, device, DUMMY_SEED)
+        else:
+            weights = load_attention(validate_checkpoint(Path(pipeline.model)), config, dtype, device, report)
+        return cls(config, pipeline, weights, device)
+
+    def allocate_cache(self) -> PagePools:
+        """Takes the memory for keys and values: on a GPU what the weights left. Raises ConfigError if there is none."""
+        page_tokens = fit_page_tokens(self._config, self._pipeline.page_tokens)
+        longest_tokens = self._pipeline.max_model_len or self._config.max_position_embeddings
+        pools = plan_pages(self._config, page_tokens, self._cache_bytes(), longest_tokens, self._dtype.itemsize)
+        self._cache = KvCache(self._config, pools, self._dtype, self._device)
+        self._builder = BatchBuilder(self._config, page_tokens, self._dtype, self._device)
+        return pools
+
+    def start_epoch(self, dispatch: Dispatch) -> None:
+        """Forgets all requests; experts are reached through `dispatch` from now on."""
+        self._requests = RequestTable(self._device)
+        self._sampler = Sampler(self._config.vocab_size, self._device)
+        self._dispatch = dispatch
+
+    def step(self, plan: RankPlan) -> list[SampledToken]:
+        """Runs one step and waits for its tokens, which come in the order of the work."""
+        sampled = self.launch(plan)
+        return [] if sampled is None else sampled.to_tokens()
+
+    @torch.inference_mode()
+    def launch(self, plan: RankPlan) -> SampledBatch | None:
+        """Runs one step without waiting for the device; the next plan may be launched before `to_tokens` is called.
+
+        The caller has told dispatch of the step (`begin_step`) before. None if nothing is sampled. Raises ValueError
+        for a plan that contradicts what the rank knows, RankError if experts cannot be reached.
+        """
+        self.take_in(plan)
+        if not plan.work:
+            return None
+        inputs, h_TD = self.forward(plan.work)
+        if not inputs.sampled:
+            return None
+        h_BD = h_TD if inputs.sampled_rows_B is None else h_TD.index_select(0, inputs.sampled_rows_B)
+        sampled = self._sampler.sample(self._model.logits(h_BD), list(inputs.sampled))
+        self._requests.remember(inputs.sampled, inputs.memory_rows_B, sampled.token_ids_B)
+        return sampled
+
+    @torch.inference_mode()
+    def forward(self, work: Sequence[Work]) -> tuple[StepInputs, Tensor]:
+        """Computes at least one piece of work without sampling: the step's inputs and its hidden states h_TD."""
+        assert self._builder and self._cache and self._dispatch, "the cache and an epoch come before steps"
+        inputs = self._builder.build(work, self._requests)
+        return inputs, self._model.forward(inputs, self._cache, self._dispatch)
+
+    def take_in(self, plan: RankPlan) -> None:
+        """Releases and admits, and computes nothing: all there is to do in a step that brings this rank no tokens."""
+        for request_idx in plan.released:
+            self._requests.release(request_idx)
+            self._sampler.release(request_idx)
+        for admission in plan.admitted:
+            self._requests.admit(admission)
+            self._sampler.admit(admission.request_idx, admission.prompt_ids, admission.output_ids, admission.sampling)
+
+    @torch.inference_mode()
+    def logits(self, h_BD: Tensor) -> Tensor:
+        """fp32 [B, V] of rows of `forward`'s hidden states."""
+        return self._model.logits(h_BD)
+
+    def take_expert_tokens(self) -> dict[int, tuple[int, ...]]:
+        """Tokens routed to each expert since the last call, by layer. Waits for the device."""
+        with torch.inference_mode():
+            return self._model.take_expert_tokens()
+
+    def _cache_bytes(self) -> int:
+        if self._pipeline.kv_cache_bytes:
+            return self._pipeline.kv_cache_bytes
+        if self._device.type != "cuda":
+            return CPU_CACHE_BYTES
+        free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)
+        spared_bytes = int(total_bytes * (1 - self._pipeline.gpu_memory_utilization))
+        return max(0, free_bytes - spared_bytes - self._workspace_bytes())
+
+    def _workspace_bytes(self) -> int:
+        """What a step needs beside weights and cache: a few activations of every token, and logits thrice."""
+        config, tokens = self._config, self._pipeline.max_num_batched_tokens
+        widest = max(config.dense_width, config.expert_width * config.experts_per_token, config.hidden_size)
+        logits_bytes = 3 * 4 * config.vocab_size * min(self._pipeline.max_num_seqs, tokens)
+        return 8 * tokens * widest * self._dtype.itemsize + logits_bytes

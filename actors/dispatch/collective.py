@@ -1,0 +1,347 @@
+"""Dispatch between ranks: each attention rank and each expert rank exchange one message per direction and layer.
+
+Owns the order of messages of a step, for ranks that are attention, expert or both. Knows nothing of how a group is
+formed (`group.py`), where rows lie (`layout.py`) or what a row looks like (`rows.py`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from actors.dispatch.contract import ExpertCompute, RoutingTable
+from actors.dispatch.group import EpochGroup, Transfer
+from actors.dispatch.layout import Membership, StepLayout, lay_out_step, order_destinations
+from actors.dispatch.rows import PADDING_SLOT, SLOT_BITS, SLOT_MASK, Chooser, RowBuffer, TokenShape
+from actors.dispatch.transport import Message
+
+INLINE_BYTES = {"cpu": 256 * 1024, "cuda": 4 * 1024 * 1024}
+"""A source whose rows are at most this much, together, sends fixed messages (see `layout.py`)."""
+
+ROWS, COUNTED_ROWS, RESULTS, TAGS = 0, 1, 2, 4
+
+
+@dataclass(frozen=True, slots=True)
+class CollectiveReceipt:
+    """Which result row belongs to each (token, k), and how many rows each destination got if they were counted."""
+
+    layer_idx: int
+    result_rows_N: Tensor
+    counts: tuple[int, ...]
+
+
+class _Frame:
+    """A step's layout with its messages as views of the buffers. Steps of the same token counts share one."""
+
+    def __init__(
+        self, tokens_of_rank: tuple[int, ...], layout: StepLayout, num_destinations: int, buffers: Sequence[RowBuffer]
+    ) -> None:
+        self.tokens_of_rank = tokens_of_rank
+        self.layout = layout
+        n = layout.block_rows
+        device = buffers[0].words_NW.device
+        self.blocks = [[b.words_NW[d * n : (d + 1) * n] for d in range(num_destinations)] for b in buffers]
+        self.arrivals: list[list[Message]] = [
+            [(s.rank, b.words_NW[s.start : s.start + s.num_rows]) for s in layout.fixed_sources] for b in buffers
+        ]
+        self.headers_out = torch.zeros(num_destinations, dtype=torch.int64, device=device)
+        self.headers_in = [torch.zeros(len(layout.counted_sources), dtype=torch.int64, device=device) for _ in buffers]
+        for arrivals, headers in zip(self.arrivals, self.headers_in, strict=True):
+            arrivals += [(s.rank, headers[i : i + 1]) for i, s in enumerate(layout.counted_sources)]
+        self.block_starts_P = torch.arange(num_destinations, device=device) * n
+
+
+class CollectiveDispatch:
+    """Dispatch over the group of an epoch, which must be formed. One object per rank and epoch.
+
+    `attention_ranks` are all ranks that may bring tokens; expert ranks are those that the routing table names.
+    `experts` computes for this rank's own slots; None if it holds none. A step runs all of `routing.layers` in order:
+    a rank with tokens calls `begin_step`, then `dispatch` and `combine` for each layer; a rank without tokens calls
+    `serve_step` alone, whatever its roles. A rank that is both computes its experts inside `combine`.
+
+    Every method raises RankError when a peer fails or does not answer within the group's timeout; the group is closed
+    then, and so are, in turn, those of the ranks that wait for this one. Raises ValueError where the caller breaks the
+    contract.
+    """
+
+    def __init__(
+        self,
+        group: EpochGroup,
+        routing: RoutingTable,
+        experts: ExpertCompute | None,
+        attention_ranks: Sequence[int],
+        shape: TokenShape,
+        inline_bytes: int | None = None,
+    ) -> None:
+        expert_ranks = set(routing.ranks_MER.flatten().tolist())
+        self._members = Membership(
+            rank=group.rank,
+            attention_ranks=tuple(sorted(attention_ranks)),
+            destinations=order_destinations(group.rank, expert_ranks),
+        )
+        if self._members.is_expert and experts is None:
+            raise ValueError(f"rank {group.rank} holds slots but no experts")
+        self._group = group
+        self._experts = experts
+        self._shape = shape
+        limit_bytes = INLINE_BYTES[shape.device.type] if inline_bytes is None else inline_bytes
+        self._inline_rows = limit_bytes // shape.row_bytes
+        self._layers = routing.layers
+        self._chooser = Chooser(routing, self._members.destinations, group.rank)
+        holders = [set(ranks_ER.flatten().tolist()) for ranks_ER in routing.ranks_MER]
+        self._serves = [group.rank in ranks for ranks in holders]
+        # (destination's number, its rank) of every other rank that holds slots of a layer
+        self._peers = [
+            [(d, r) for d, r in enumerate(self._members.destinations) if r in ranks and r != group.rank]
+            for ranks in holders
+        ]
+        # Receives of the next layer are posted while this one computes: two buffers take turns.
+        self._buffers = [RowBuffer(shape) for _ in range(2 if group.preposts and self._members.is_expert else 1)]
+        self._results_RD = torch.empty(0, shape.hidden, dtype=shape.dtype, device=shape.device)
+        self._frame: _Frame | None = None
+        self._next_idx = 0
+        self._is_open = False
+        self._arriving: Transfer | None = None  # rows from other attention ranks
+        self._leaving: list[Transfer] = []  # this rank's rows to other expert ranks
+        self._returning: Transfer | None = None  # results for this rank's tokens
+        self._replying: Transfer | None = None  # results for other ranks' tokens
+        self._counted_sends: list[Message] = []
+
+    # --- the step ----------------------------------------------------------------------------------------------------
+
+    def begin_step(self, tokens_of_rank: tuple[int, ...]) -> None:
+        """States how many tokens every rank brings to each layer of the step."""
+        if len(tokens_of_rank) != self._group.world:
+            raise ValueError(f"{len(tokens_of_rank)} token counts for {self._group.world} ranks")
+        if self._next_idx not in (0, len(self._layers)) or self._is_open:
+            raise ValueError(f"a step began after {self._next_idx} of {len(self._layers)} layers of the one before")
+        if self._frame is None or self._frame.tokens_of_rank != tokens_of_rank:
+            self._frame = self._build_frame(tokens_of_rank)
+        self._next_idx = 0
+        if self._group.preposts and self._layers:
+            self._post_arrivals(0)
+
+    def serve_step(self, tokens_of_rank: tuple[int, ...]) -> None:
+        """A whole step of a rank that brings no tokens: computes what others send, layer after layer."""
+        self.begin_step(tokens_of_rank)
+        if self._layout.own_rows:
+            raise ValueError(f"rank {self._members.rank} has tokens in this step: it must dispatch them")
+        for layer_idx in range(len(self._layers)):
+            self._serve(layer_idx)
+            self._next_idx = layer_idx + 1
+
+    def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, scores_TK: Tensor, layer: int) -> CollectiveReceipt:
+        """Sends each scaled token to its experts' ranks. Expects x_TD in the shape's dtype. See `Dispatch`."""
+        layer_idx = self._enter(layer, x_TD)
+        self._is_open = True
+        layout = self._layout
+        if layout.own_rows == 0:
+            return CollectiveReceipt(layer_idx, expert_ids_TK.flatten(), ())
+        key_N, order_N = self._chooser.sort(layer_idx, expert_ids_TK)
+        rows_ND = _scaled_rows(x_TD, scores_TK, order_N)
+        if layout.own_fixed:
+            counts: tuple[int, ...] = ()
+            row_N = self._send_fixed(layer_idx, key_N, rows_ND)
+        else:
+            counts = self._send_counted(layer_idx, key_N, rows_ND)
+            row_N = self._chooser.counter(layout.own_rows)
+        return CollectiveReceipt(layer_idx, torch.empty_like(order_N).scatter_(0, order_N, row_N), counts)
+
+    def combine(self, receipt: CollectiveReceipt) -> Tensor:
+        """Serves this rank's own experts, then waits for the results: y_TD in the shape's dtype."""
+        layer_idx = receipt.layer_idx
+        if not self._is_open or layer_idx != self._next_idx:
+            raise ValueError("a receipt is combined once, before the next dispatch")
+        awaited = [] if self._returning else self._awaited_results(layer_idx, receipt.counts)
+        self._serve(layer_idx, receipt.counts, awaited)
+        if self._returning is not None:
+            self._returning.wait()
+            self._returning = None
+        for transfer in self._leaving:
+            transfer.wait()
+        self._leaving.clear()
+        self._is_open, self._next_idx = False, layer_idx + 1
+        y_ND = self._results_RD.index_select(0, receipt.result_rows_N)
+        K = self._shape.experts_per_token
+        return y_ND if K == 1 else y_ND.view(-1, K, self._shape.hidden).sum(1)
+
+    # --- sending -----------------------------------------------------------------------------------------------------
+
+    def _send_fixed(self, layer_idx: int, key_N: Tensor, rows_ND: Tensor) -> Tensor:
+        """Puts the sorted rows into blocks by destination and posts them. Returns the row of the buffer of each."""
+        frame, buffer = self._current, self._buffer(layer_idx)
+        num_rows, out_rows = frame.layout.own_rows, frame.layout.out_rows
+        row_N = self._chooser.counter(num_rows)
+        if num_rows == out_rows:  # one destination: nothing to pad
+            buffer.slots_N[:num_rows] = key_N & SLOT_MASK
+            buffer.x_ND[:num_rows] = rows_ND
+        else:
+            shift_P = frame.block_starts_P - self._chooser.starts(key_N)
+            row_N = row_N + shift_P.index_select(0, key_N >> SLOT_BITS)
+            buffer.slots_N[:out_rows] = PADDING_SLOT
+            buffer.slots_N.index_copy_(0, row_N, key_N & SLOT_MASK)
+            buffer.x_ND.index_copy_(0, row_N, rows_ND)
+        blocks = frame.blocks[layer_idx % len(self._buffers)]
+        self._post_rows(layer_idx, [(rank, blocks[d]) for d, rank in self._peers[layer_idx]], ())
+        return row_N
+
+    def _send_counted(self, layer_idx: int, key_N: Tensor, rows_ND: Tensor) -> tuple[int, ...]:
+        """Posts the counts, then the sorted rows as they lie. Returns the rows of each destination."""
+        frame, buffer = self._current, self._buffer(layer_idx)
+        num_rows = frame.layout.own_rows
+        buffer.slots_N[:num_rows] = key_N & SLOT_MASK
+        buffer.x_ND[:num_rows] = rows_ND
+        starts_P = self._chooser.starts(key_N)
+        counts_P = torch.diff(starts_P, append=starts_P.new_tensor([num_rows]))
+        frame.headers_out.copy_(counts_P)
+        self._group.synchronize()
+        counts = tuple(counts_P.tolist())
+        headers = [(rank, frame.headers_out[d : d + 1]) for d, rank in self._peers[layer_idx]]
+        self._counted_sends = _slices(buffer.words_NW, counts, self._peers[layer_idx])
+        self._post_rows(layer_idx, headers, counts)
+        if not self._members.is_expert:  # else they go together with what this rank receives, in `_serve`
+            self._leaving.append(self._group.post(self._counted_sends, (), layer_idx * TAGS + COUNTED_ROWS))
+            self._counted_sends = []
+        return counts
+
+    def _post_rows(self, layer_idx: int, sends: list[Message], counts: tuple[int, ...]) -> None:
+        """Posts what opens a layer, and with it whatever the group allows to be posted already."""
+        tag = layer_idx * TAGS
+        if self._group.preposts:
+            self._returning = self._group.post((), self._awaited_results(layer_idx, counts), tag + RESULTS)
+            self._leaving.append(self._group.post(sends, (), tag + ROWS))
+        elif self._members.is_expert:
+            self._arriving = self._group.post(sends, self._arrivals(layer_idx), tag + ROWS)
+        else:
+            self._leaving.append(self._group.post(sends, (), tag + ROWS))
+
+    def _awaited_results(self, layer_idx: int, counts: tuple[int, ...]) -> list[Message]:
+        layout, peers = self._layout, self._peers[layer_idx]
+        if layout.own_rows == 0:
+            return []
+        if not layout.own_fixed:
+            return _slices(self._results_RD, counts, peers)
+        n = layout.block_rows
+        return [(rank, self._results_RD[d * n : (d + 1) * n]) for d, rank in peers]
+
+    # --- serving -----------------------------------------------------------------------------------------------------
+
+    def _serve(self, layer_idx: int, own_counts: tuple[int, ...] = (), awaited: Sequence[Message] = ()) -> None:
+        """Computes the experts of this rank for one layer and posts the results.
+
+        `own_counts` are of this rank's own rows if they are counted; `awaited` are results to be received by the way.
+        """
+        replies: list[Message] = []
+        if self._members.is_expert:
+            arrived = self._take_arrivals(layer_idx)
+            if self._serves[layer_idx]:
+                replies = self._compute(layer_idx, own_counts, arrived)
+            if self._replying is not None:
+                self._replying.wait()
+        if self._members.is_expert or awaited:
+            self._replying = self._group.post(replies, awaited, layer_idx * TAGS + RESULTS)
+            if awaited or layer_idx == len(self._layers) - 1:  # after the last layer the group may be left
+                self._replying.wait()
+                self._replying = None
+
+    def _take_arrivals(self, layer_idx: int) -> list[int]:
+        """Waits for all rows of a layer from other ranks. Returns the rows of each counted source."""
+        if self._arriving is None:
+            self._post_arrivals(layer_idx)
+        assert self._arriving is not None
+        self._arriving.wait()
+        self._arriving = None
+        counts = self._receive_counted(layer_idx) if self._layout.counted_sources or self._counted_sends else []
+        if self._group.preposts and layer_idx + 1 < len(self._layers):
+            self._post_arrivals(layer_idx + 1)
+        return counts
+
+    def _receive_counted(self, layer_idx: int) -> list[int]:
+        counts: list[int] = []
+        receives: list[Message] = []
+        if self._serves[layer_idx] and self._layout.counted_sources:
+            self._group.synchronize()
+            counts = self._current.headers_in[layer_idx % len(self._buffers)].tolist()
+            at, words_NW = self._layout.counted_start, self._buffer(layer_idx).words_NW
+            for source, num_rows in zip(self._layout.counted_sources, counts, strict=True):
+                if num_rows:
+                    receives.append((source.rank, words_NW[at : at + num_rows]))
+                at += num_rows
+        self._group.post(self._counted_sends, receives, layer_idx * TAGS + COUNTED_ROWS).wait()
+        self._counted_sends = []
+        return counts
+
+    def _compute(self, layer_idx: int, own_counts: tuple[int, ...], arrived: list[int]) -> list[Message]:
+        """Runs the experts over own and received rows. Returns the replies; own results go into their place."""
+        layout, buffer = self._layout, self._buffer(layer_idx)
+        num_own = own_counts[-1] if own_counts else layout.block_rows
+        first, last = layout.out_rows - num_own, layout.counted_start + sum(arrived)
+        if first == last:
+            return []
+        assert self._experts is not None
+        y_ND = self._experts(self._layers[layer_idx], buffer.x_ND[first:last], buffer.slots_N[first:last]).contiguous()
+        if num_own:
+            self._results_RD[first : layout.out_rows] = y_ND[:num_own]
+        replies = [(s.rank, y_ND[s.start - first : s.start - first + s.num_rows]) for s in layout.fixed_sources]
+        at = layout.counted_start - first
+        for source, num_rows in zip(layout.counted_sources, arrived, strict=True):
+            if num_rows:
+                replies.append((source.rank, y_ND[at : at + num_rows]))
+            at += num_rows
+        return replies
+
+    def _post_arrivals(self, layer_idx: int) -> None:
+        self._arriving = self._group.post((), self._arrivals(layer_idx), layer_idx * TAGS + ROWS)
+
+    def _arrivals(self, layer_idx: int) -> list[Message]:
+        return self._current.arrivals[layer_idx % len(self._buffers)] if self._serves[layer_idx] else []
+
+    # --- bookkeeping -------------------------------------------------------------------------------------------------
+
+    @property
+    def _current(self) -> _Frame:
+        if self._frame is None:
+            raise ValueError("no step was begun")
+        return self._frame
+
+    @property
+    def _layout(self) -> StepLayout:
+        return self._current.layout
+
+    def _buffer(self, layer_idx: int) -> RowBuffer:
+        return self._buffers[layer_idx % len(self._buffers)]
+
+    def _build_frame(self, tokens_of_rank: tuple[int, ...]) -> _Frame:
+        K = self._shape.experts_per_token
+        layout = lay_out_step(self._members, tokens_of_rank, K, self._inline_rows)
+        for buffer in self._buffers:
+            buffer.reserve(layout.capacity_rows)
+        if layout.out_rows > self._results_RD.shape[0]:
+            self._results_RD = self._results_RD.new_empty(1 << (layout.out_rows - 1).bit_length(), self._shape.hidden)
+        return _Frame(tokens_of_rank, layout, len(self._members.destinations), self._buffers)
+
+    def _enter(self, layer: int, x_TD: Tensor) -> int:
+        if self._is_open or self._next_idx >= len(self._layers) or self._layers[self._next_idx] != layer:
+            raise ValueError(f"layer {layer} was dispatched out of order")
+        shape = self._shape
+        num_tokens = self._layout.own_rows // shape.experts_per_token
+        if x_TD.shape != (num_tokens, shape.hidden) or x_TD.dtype != shape.dtype:
+            raise ValueError(
+                f"expected [{num_tokens}, {shape.hidden}] of {shape.dtype}, got {list(x_TD.shape)} of {x_TD.dtype}"
+            )
+        return self._next_idx
+
+
+def _scaled_rows(x_TD: Tensor, scores_TK: Tensor, order_N: Tensor) -> Tensor:
+    """Rows in the order they are sent, each its token times its score."""
+    K = scores_TK.shape[1]
+    if K == 1:
+        return (x_TD * scores_TK).index_select(0, order_N)
+    return x_TD.index_select(0, order_N // K) * scores_TK.flatten().index_select(0, order_N)[:, None]
+
+
+def _slices(rows: Tensor, counts: tuple[int, ...], peers: list[tuple[int, int]]) -> list[Message]:
+    """The rows of each peer where destinations lie close together, without those that have none."""
+    starts = [sum(counts[:d]) for d in range(len(counts))]
+    return [(rank, rows[starts[d] : starts[d] + counts[d]]) for d, rank in peers if counts[d]]

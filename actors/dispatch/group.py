@@ -1,0 +1,197 @@
+"""Process groups that belong to an epoch.
+
+Owns the rendezvous store, joining in two phases, and the rule that a lost or hung peer ends the group within its
+timeout. Never touches torch's default group, so groups may follow one another in a process. Knows nothing of what is
+sent. Ranks are positions in the epoch's list of members.
+"""
+
+import logging
+import traceback
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, Store
+
+from actors.dispatch.transport import UNKNOWN_RANK, GlooTransport, Message, NcclTransport, Posted, Transport
+from actors.errors import RankError
+
+log = logging.getLogger("corral.dispatch")
+
+STORE_TIMEOUT_S = 30.0
+DEFAULT_TIMEOUT_S = 5.0
+
+
+class RendezvousStore:
+    """The store at which the ranks of every epoch meet. Groups outlive it; only joining needs it."""
+
+    def __init__(self, host: str) -> None:
+        self._host = host
+        self._store: TCPStore | None = None
+
+    def start(self) -> None:
+        """Listens on a free port."""
+        self._store = TCPStore(
+            self._host,
+            0,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=STORE_TIMEOUT_S),
+        )
+
+    @property
+    def endpoint(self) -> str:
+        """host:port. Raises RuntimeError before `start`."""
+        if self._store is None:
+            raise RuntimeError("the rendezvous store was not started")
+        return f"{self._host}:{self._store.port}"
+
+    def stop(self) -> None:
+        """Stops listening. Groups that were formed go on."""
+        self._store = None
+
+
+class Transfer:
+    """Sends and receives in flight. Wait for it once; the group may cut it short."""
+
+    __slots__ = ("_group", "_tensors", "posted")
+
+    def __init__(self, group: "EpochGroup", posted: list[Posted], tensors: Any) -> None:
+        self._group = group
+        self._tensors = tensors  # kept alive until they have left or arrived
+        self.posted = posted
+
+    def wait(self) -> None:
+        """Returns when all has been sent and received. Raises RankError naming the first peer that failed."""
+        self._group._finish(self)
+
+
+class EpochGroup:
+    """This process's place in the group of one epoch after another.
+
+    `prepare` does what may be slow (connecting to the store), `join` what is short; keep one object per process, so
+    that the store's client and gloo's device are made once. `address` is this host's own IP address.
+    """
+
+    def __init__(self, device: torch.device, address: str) -> None:
+        self._device = device
+        self._address = address
+        self._endpoint = ""
+        self._store: TCPStore | None = None
+        self._gloo_device: Any = None
+        self._transport: Transport | None = None
+        self._in_flight: set[Transfer] = set()
+        self.epoch = -1
+        self.rank = UNKNOWN_RANK
+        self.world = 0
+        self.preposts = False
+
+    def prepare(self, store_endpoint: str) -> None:
+        """First phase: connects to the store at host:port unless it is connected already. Raises RankError."""
+        if self._gloo_device is None and self._device.type == "cpu":
+            # By address: found by name, it would be resolved, and that can take seconds.
+            self._gloo_device = ProcessGroupGloo.create_device(hostname=self._address)
+        if store_endpoint == self._endpoint and self._store_answers():
+            return
+        host, _, port = store_endpoint.rpartition(":")
+        try:
+            # One client per process and store: each connect resolves names backwards, which can stall for seconds.
+            self._store = TCPStore(
+                host, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=STORE_TIMEOUT_S)
+            )
+        except (RuntimeError, ValueError) as e:
+            raise RankError(self.rank, f"no rendezvous store answers at {store_endpoint!r}: {_first_line(e)}") from e
+        self._endpoint = store_endpoint
+
+    def join(
+        self, epoch: int, rank: int, world: int, timeout_s: float, operation_timeout_s: float = DEFAULT_TIMEOUT_S
+    ) -> None:
+        """Second phase: forms the group of `epoch` with `world` ranks, leaving any other group first.
+
+        Epoch numbers are used once per store, so a rank of another epoch can never be met. `operation_timeout_s`
+        bounds every wait of the group. Raises RankError (with this rank) if not all ranks join within `timeout_s`.
+        """
+        self.leave()
+        if self._store is None:
+            raise RankError(rank, f"epoch {epoch} was joined before it was prepared")
+        store = PrefixStore(f"epoch{epoch}", self._store)
+        store.set_timeout(timedelta(seconds=timeout_s))
+        self.epoch, self.rank, self.world = epoch, rank, world
+        try:
+            self._transport = self._form(store, rank, world, timeout_s, operation_timeout_s)
+        except RuntimeError as e:
+            raise RankError(rank, f"the group of epoch {epoch} did not form: {_first_line(e)}") from e
+        self.preposts = self._transport.preposts
+
+    def leave(self) -> None:
+        """Ends the group, if there is one. Peers that wait for this rank get an error at once."""
+        for transfer in self._in_flight:
+            transfer.posted.clear()  # a work keeps its sockets open, whoever still holds the transfer
+        self._in_flight.clear()
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            transport.close()
+
+    def post(self, sends: Sequence[Message], receives: Sequence[Message], tag: int) -> Transfer:
+        """Starts all sends and receives together. Messages of a pair and tag arrive in order; tags are below 2**31.
+
+        A receive's tensor has the sent one's exact size. Raises RankError.
+        """
+        transport = self._formed()
+        try:
+            transfer = Transfer(self, transport.post(sends, receives, tag), (sends, receives))
+        except RuntimeError as e:
+            raise self._fail(UNKNOWN_RANK, e) from e
+        self._in_flight.add(transfer)
+        return transfer
+
+    def synchronize(self) -> None:
+        """Waits for the device, at most the timeout: call it before the host reads what depends on peers.
+
+        On CUDA it is this call that notices lost peers. Raises RankError.
+        """
+        try:
+            self._formed().synchronize()
+        except RuntimeError as e:
+            raise self._fail(UNKNOWN_RANK, e) from e
+
+    def _finish(self, transfer: Transfer) -> None:
+        transport, posted = self._formed(), transfer.posted
+        idx = 0
+        try:
+            while idx < len(posted):
+                transport.wait(posted[idx][1])
+                idx += 1
+        except RuntimeError as e:
+            raise self._fail(posted[idx][0], e) from e
+        posted.clear()
+        self._in_flight.discard(transfer)
+
+    def _formed(self) -> Transport:
+        if self._transport is None:
+            raise RankError(self.rank, f"is in no group (the last was of epoch {self.epoch})")
+        return self._transport
+
+    def _fail(self, peer: int, error: RuntimeError) -> RankError:
+        """Ends the group, so that peers that wait for this rank learn of it without a timeout of their own."""
+        traceback.clear_frames(error.__traceback__)  # their locals hold works, and so the sockets
+        self.leave()
+        log.warning("rank %d lost rank %d in epoch %d: %s", self.rank, peer, self.epoch, _first_line(error))
+        return RankError(peer, f"lost in epoch {self.epoch} as seen by rank {self.rank}: {_first_line(error)}")
+
+    def _form(self, store: Store, rank: int, world: int, join_s: float, operation_s: float) -> Transport:
+        if self._device.type == "cuda":
+            return NcclTransport(store, rank, world, self._device, join_s, operation_s)
+        return GlooTransport(store, rank, world, self._gloo_device, join_s, operation_s)
+
+    def _store_answers(self) -> bool:
+        try:
+            return self._store is not None and self._store.check(["alive"]) in (True, False)
+        except RuntimeError:
+            return False
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0][:300]

@@ -1,0 +1,158 @@
+"""Grouped sends and receives over one raw process-group object.
+
+Owns what differs between gloo and NCCL: how a group is formed, posted to, timed and torn down. Knows nothing of epochs
+or of what the messages mean.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed.distributed_c10d import AllreduceOptions, ProcessGroupGloo, Store
+
+Message = tuple[int, Tensor]
+"""(peer's rank, contiguous tensor to send or to receive into)."""
+
+Posted = tuple[int, Any]
+"""(peer to blame, or UNKNOWN_RANK where it may be any of several; torch's work object)."""
+
+UNKNOWN_RANK = -1
+CLOSING_TAG = 2**31 - 1
+CLOSING_TIMEOUT = timedelta(milliseconds=1)
+NO_TIMEOUT_S = 86_400.0
+SPIN_S = 0.002
+POLL_S = 0.0001
+
+
+class Transport(Protocol):
+    """One formed group. Every method raises RuntimeError when a peer is lost or a timeout passes."""
+
+    preposts: bool
+    """Whether a receive may be posted long before its message is sent, and then costs nothing."""
+
+    def post(self, sends: Sequence[Message], receives: Sequence[Message], tag: int) -> list[Posted]:
+        """Starts all of it, waits for none of it."""
+        ...
+
+    def wait(self, work: Any) -> None:
+        """Makes the tensors of `work` safe to use: for the host on CPU, for the current stream on CUDA."""
+        ...
+
+    def synchronize(self) -> None:
+        """Blocks until the device has done all that was queued on the current stream, so that it can be read."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of every connection, so that peers notice. All works must have been dropped before."""
+        ...
+
+
+class GlooTransport:
+    """Pairs of sockets. A receive that is posted before its send spares the sender a round trip."""
+
+    preposts = True
+
+    def __init__(
+        self, store: Store, rank: int, world: int, device: Any, join_timeout_s: float, timeout_s: float
+    ) -> None:
+        gloo: Any = ProcessGroupGloo
+        options = gloo._Options()
+        options._timeout = timedelta(seconds=join_timeout_s)
+        options._devices = [device]
+        self._timeout = timedelta(seconds=timeout_s)
+        self._pg: Any = gloo(store, rank, world, options)
+
+    def post(self, sends: Sequence[Message], receives: Sequence[Message], tag: int) -> list[Posted]:
+        recv, send = self._pg.recv, self._pg.send
+        posted = [(peer, recv([tensor], peer, tag)) for peer, tensor in receives]
+        posted += [(peer, send([tensor], peer, tag)) for peer, tensor in sends]
+        return posted
+
+    def wait(self, work: Any) -> None:
+        work.wait(self._timeout)
+
+    def synchronize(self) -> None:
+        """Host memory is always current."""
+
+    def close(self) -> None:
+        # abort() closes nothing, and the destructor leaves a socket open that is in the midst of a large message. But
+        # a receive whose time is up closes all sockets of its group: this one does, as nobody sends it anything.
+        pg, self._pg = self._pg, None
+        if pg is not None and pg.size() > 1:
+            with contextlib.suppress(RuntimeError):  # the timeout that is wanted, or a group that had failed before
+                pg.recv([torch.zeros(1)], (pg.rank() + 1) % pg.size(), CLOSING_TAG).wait(CLOSING_TIMEOUT)
+
+
+class NcclTransport:
+    """One communicator of all ranks; what is posted together is one NCCL group.
+
+    NCCL runs what is posted in order, so a receive that is posted early would hold back everything behind it. Its
+    kernels wait for a lost peer for ever: `synchronize` is the wait with a timeout, and aborts the communicator.
+    """
+
+    preposts = False
+
+    def __init__(
+        self, store: Store, rank: int, world: int, device: torch.device, join_timeout_s: float, timeout_s: float
+    ) -> None:
+        # torch's watchdog must neither end this process nor race our own abort: timeouts are ours (`synchronize`).
+        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
+        from torch.distributed.distributed_c10d import ProcessGroupNCCL  # absent where torch has no CUDA
+
+        _meet(store, rank, world, join_timeout_s)
+        options = ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=NO_TIMEOUT_S)
+        self._device = device
+        self._timeout_s = timeout_s
+        nccl: Any = ProcessGroupNCCL
+        self._pg: Any = nccl(store, rank, world, options)
+        # Communicators are made by their first operation, which all ranks must take part in: it belongs to joining.
+        self._pg.allreduce([torch.zeros(1, device=device)], AllreduceOptions()).wait()
+        self._synchronize(join_timeout_s)
+
+    def post(self, sends: Sequence[Message], receives: Sequence[Message], tag: int) -> list[Posted]:
+        if not sends and not receives:
+            return []
+        pg = self._pg
+        pg._start_coalescing()  # ungrouped, each pair of ranks would get a communicator of its own
+        for peer, tensor in receives:
+            pg.recv([tensor], peer, tag)
+        for peer, tensor in sends:
+            pg.send([tensor], peer, tag)
+        work = pg._end_coalescing()
+        peers = {peer for peer, _ in (*sends, *receives)}
+        return [(peers.pop() if len(peers) == 1 else UNKNOWN_RANK, work)]
+
+    def wait(self, work: Any) -> None:
+        work.wait()
+
+    def synchronize(self) -> None:
+        self._synchronize(self._timeout_s)
+
+    def close(self) -> None:
+        pg, self._pg = self._pg, None
+        if pg is not None:
+            pg.abort()
+
+    def _synchronize(self, timeout_s: float) -> None:
+        done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record(torch.cuda.current_stream(self._device))
+        start_s = time.monotonic()
+        while not done.query():
+            waited_s = time.monotonic() - start_s
+            if waited_s > timeout_s:
+                raise RuntimeError(f"the device was still waiting for a peer after {timeout_s} s")
+            if waited_s > SPIN_S:
+                time.sleep(POLL_S)
+
+
+def _meet(store: Store, rank: int, world: int, timeout_s: float) -> None:
+    """Waits until all ranks are here. NCCL's own bootstrap has no timeout, so nobody starts it alone."""
+    store.set(f"here/{rank}", "1")
+    store.wait([f"here/{peer}" for peer in range(world)], timedelta(seconds=timeout_s))

@@ -1,0 +1,243 @@
+"""The ingress's channel to the router.
+
+Owns the socket, its beats, and knowing whether the router lives: a lost connection or a silent router ends all open
+calls at once with UnavailableError, and the router is looked for again. Knows nothing of text or clients.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+from zmq.utils.monitor import recv_monitor_message
+
+from actors.errors import CorralError, DeadlineError, UnavailableError
+from actors.ingress.mailbox import Mailbox
+from actors.types import Beat, Cancel, Request, RouterStatus, Submit, TokenBatch, TokenEvent, ToRouter
+from actors.wire import FROM_ROUTER, TO_ROUTER, open_socket
+
+log = logging.getLogger("corral.ingress")
+
+BEAT_S = 1.0
+MAX_SILENT_BEATS = 5  # a router that has not answered so many is lost; counted, as our own stalls are not its
+RETRY_MIN_S, RETRY_MAX_S = 0.1, 2.0  # between attempts to find the router
+DISCOVER_TIMEOUT_S = 10.0
+DEADLINE_GRACE_S = 1.0  # the router ends requests at their deadline; the ingress does if the router does not
+
+Discover = Callable[[], Awaitable[str]]
+
+
+class RouterClient:
+    """Submits requests and hands out their news. All methods run on the event loop that `start` ran on.
+
+    `discover` returns the router's endpoint (tcp://host:port). Where it raises a CorralError or OSError, or takes more
+    than DISCOVER_TIMEOUT_S, it is asked again.
+    """
+
+    def __init__(
+        self, discover: Discover, *, beat_s: float = BEAT_S, max_silent_beats: int = MAX_SILENT_BEATS,
+        grace_s: float = DEADLINE_GRACE_S,
+    ) -> None:  # fmt: skip
+        self._discover = discover
+        self._beat_s = beat_s
+        self._max_silent_beats = max_silent_beats
+        self._grace_s = grace_s
+        self._context: zmq.asyncio.Context | None = None
+        self._socket: Any = None  # zmq.asyncio.Socket while the router is connected
+        self._task: asyncio.Task[None] | None = None
+        self._mailboxes: dict[str, Mailbox] = {}
+        self._silent_beats = 0  # sent since the router's last message
+        self._status: RouterStatus | None = None
+        self._problem = "looking for the router"
+        self._changed = asyncio.Event()
+
+    async def start(self) -> None:
+        """Starts looking for the router; returns at once."""
+        self._context = zmq.asyncio.Context()
+        self._task = asyncio.create_task(self._run(self._context))
+
+    async def stop(self) -> None:
+        """Ends open calls with UnavailableError and closes the channel."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        self._fail_all(UnavailableError("this ingress is stopping"))
+        if self._context is not None:
+            self._context.term()
+
+    @property
+    def status(self) -> RouterStatus:
+        """The router's latest word, or a status that says why there is none."""
+        return self._status or RouterStatus(serving=False, detail=self._problem)
+
+    @property
+    def alive(self) -> bool:
+        """False once the channel's own task has ended, which only `stop` and a bug do."""
+        return self._task is not None and not self._task.done()
+
+    @property
+    def num_open(self) -> int:
+        """Requests whose last event has not come and whose reader has not gone."""
+        return len(self._mailboxes)
+
+    @property
+    def next_change(self) -> asyncio.Event:
+        """Set when `status` next begins or ceases to be serving. Take it before `status`, then wait."""
+        return self._changed
+
+    async def events(
+        self, requests: Sequence[Request], interval_s: float = 0.0
+    ) -> AsyncGenerator[list[TokenEvent], None]:
+        """Submits one call's requests and yields their news, all that is ready at a time, until each has ended.
+
+        `interval_s` is the least time between two yields; what comes meanwhile is merged. Closing the generator
+        cancels what has not ended. Raises UnavailableError where the router is not there or is lost, and
+        DeadlineError where it lets a deadline pass.
+        """
+        mailbox = Mailbox(tuple(request.request_id for request in requests))
+        try:
+            for request in requests:
+                self._mailboxes[request.request_id] = mailbox
+                self._send(Submit(request=request))
+            while not mailbox.ended:
+                events = await self._take(mailbox, requests[0].deadline_s)
+                for event in events:
+                    if event.request_id not in mailbox.open_ids:
+                        self._mailboxes.pop(event.request_id, None)
+                yield events
+                if interval_s and mailbox.open_ids:
+                    await asyncio.sleep(interval_s)
+        finally:
+            for request_id in mailbox.open_ids:
+                self.cancel(request_id)
+
+    def cancel(self, request_id: str) -> None:
+        """Forgets an open request and has the router end it; nothing where it has ended."""
+        if self._mailboxes.pop(request_id, None) is not None:
+            with contextlib.suppress(UnavailableError):  # then its lease ends it
+                self._send(Cancel(request_id=request_id))
+
+    async def _take(self, mailbox: Mailbox, deadline_s: float | None) -> list[TokenEvent]:
+        if deadline_s is None:
+            return await mailbox.take()
+        try:
+            async with asyncio.timeout(max(0.0, deadline_s + self._grace_s - time.time())):
+                return await mailbox.take()
+        except TimeoutError:
+            raise DeadlineError("the request's deadline has passed") from None
+
+    def _send(self, message: ToRouter) -> None:
+        """Raises UnavailableError where no router is connected. Never blocks."""
+        if self._socket is None:
+            raise UnavailableError(f"the router is not reachable: {self._problem}")
+        try:
+            self._socket.send(TO_ROUTER.encode(message), zmq.NOBLOCK).result()  # with NOBLOCK the future is done
+        except zmq.Again:
+            raise UnavailableError("the router takes no more messages") from None
+
+    async def _run(self, context: zmq.asyncio.Context) -> None:
+        """Finds the router, serves the connection until it is lost, and again."""
+        delay_s = RETRY_MIN_S
+        while True:
+            endpoint = await self._find()
+            if endpoint is not None:
+                problem = await self._serve(context, endpoint)
+                delay_s = RETRY_MIN_S if self._status is not None else delay_s
+                log.warning("lost the router at %s: %s", endpoint, problem)
+                self._lose(problem)
+            await asyncio.sleep(delay_s)
+            delay_s = min(delay_s * 2, RETRY_MAX_S)
+
+    async def _find(self) -> str | None:
+        try:
+            async with asyncio.timeout(DISCOVER_TIMEOUT_S):
+                return await self._discover()
+        except (CorralError, OSError) as e:  # OSError: TimeoutError too
+            self._problem = "the router cannot be found"
+            log.info("no router: %s: %s", type(e).__name__, e)
+            return None
+
+    async def _serve(self, context: zmq.asyncio.Context, endpoint: str) -> str:
+        """Uses one connection until it is lost. Returns why."""
+        socket = open_socket(context, zmq.DEALER)
+        monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
+        socket.connect(endpoint)
+        tasks = [asyncio.create_task(part) for part in (
+            self._receive(socket), self._watch(monitor, socket), self._beat(),
+        )]  # fmt: skip
+        try:
+            self._silent_beats = 0
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            return done.pop().result()
+        finally:
+            self._socket = None
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            socket.disable_monitor()
+            monitor.close(0)
+            socket.close(0)
+
+    async def _receive(self, socket: Any) -> str:
+        while True:
+            try:
+                message = FROM_ROUTER.decode(await socket.recv())
+            except msgspec.DecodeError as e:
+                return f"it speaks another version: {e}"
+            self._silent_beats = 0
+            if isinstance(message, TokenBatch):
+                self._deliver(message)
+            else:
+                self._set_status(message)
+
+    async def _watch(self, monitor: Any, socket: Any) -> str:
+        """Follows the connection itself: opens the channel once it stands, returns when it is gone."""
+        while True:
+            event = (await recv_monitor_message(monitor))["event"]
+            if event != zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                return "the connection was lost"
+            self._socket = socket
+            self._send(Beat())
+
+    async def _beat(self) -> str:
+        while self._silent_beats <= self._max_silent_beats:
+            await asyncio.sleep(self._beat_s)
+            self._silent_beats += 1
+            if self._socket is not None:
+                with contextlib.suppress(UnavailableError):  # a full queue shows as silence soon enough
+                    self._send(Beat())
+        return f"{self._max_silent_beats} beats without an answer"
+
+    def _deliver(self, batch: TokenBatch) -> None:
+        for event in batch.events:
+            mailbox = self._mailboxes.get(event.request_id)
+            if mailbox is not None and event.request_id in mailbox.open_ids:  # else its reader has gone
+                mailbox.put(event)
+
+    def _set_status(self, status: RouterStatus) -> None:
+        was_serving = self.status.serving
+        self._status = status
+        if status.serving != was_serving:
+            log.info("the router is %s: %s", "serving" if status.serving else "not serving", status.detail)
+            self._announce()
+
+    def _lose(self, problem: str) -> None:
+        self._status, self._problem = None, problem
+        self._fail_all(UnavailableError(f"the router was lost: {problem}"))
+        self._announce()
+
+    def _fail_all(self, error: CorralError) -> None:
+        mailboxes, self._mailboxes = set(self._mailboxes.values()), {}
+        for mailbox in mailboxes:
+            mailbox.fail(error)
+
+    def _announce(self) -> None:
+        """Wakes those that wait for `next_change`."""
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()

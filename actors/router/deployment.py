@@ -1,0 +1,140 @@
+"""The Serve binding of the router: one replica per pipeline.
+
+Owns its place in Serve: where ingresses find it, its health, and the publication of its metrics. The work is
+`worker.py`'s.
+"""
+
+import asyncio
+import logging
+import time
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray import serve
+from ray.util.metrics import Counter, Gauge
+
+from actors.checkpoint.config import read_model_config
+from actors.checkpoint.index import validate_checkpoint
+from actors.checkpoint.shape_models import resolve_model_directory
+from actors.config import PipelineConfig
+from actors.dispatch.group import RendezvousStore
+from actors.errors import UnavailableError
+from actors.router.metrics import RouterMetrics
+from actors.router.worker import Router
+from cluster.layout import resolve
+from cluster.placement import RayFleet, cluster_machines
+
+log = logging.getLogger("corral.router")
+
+PUBLISH_S = 1.0
+
+
+class MetricsPublisher:
+    """Puts the router's numbers on Ray's metrics endpoint, from where Prometheus takes them as ray_corral_*."""
+
+    def __init__(self, metrics: RouterMetrics) -> None:
+        self._metrics = metrics
+        self._gauges = {
+            name: Gauge(f"corral_{name}", description=text)
+            for name, text in (
+                ("requests_running", "Requests that hold KV pages"),
+                ("requests_queued", "Requests that wait for admission"),
+                ("kv_used_fraction", "Used share of the fuller page group, 0 to 1"),
+                ("epoch_serving", "1 while an epoch serves, else 0"),
+                ("batch_tokens", "Tokens per step, mean since the last publication"),
+            )
+        }
+        self._counters = {
+            name: Counter(f"corral_{name}", description=text)
+            for name, text in (
+                ("steps", "Steps launched"),
+                ("step_tokens", "Tokens in launched steps, prefill and decode"),
+                ("generated_tokens", "Tokens sampled"),
+                ("preemptions", "Requests preempted to be recomputed"),
+                ("step_seconds", "Seconds that ranks spent in steps"),
+            )
+        }
+        self._expert = Counter("corral_expert_tokens", description="Tokens routed", tag_keys=("layer", "expert"))
+        self._published: dict[Any, float] = {}
+
+    def publish(self) -> None:
+        """Called about once a second."""
+        metrics = self._metrics
+        load = metrics.load
+        if load is None:
+            return
+        steps = metrics.steps - self._published.get("steps", 0)
+        tokens = metrics.step_tokens - self._published.get("step_tokens", 0)
+        self._gauges["requests_running"].set(load.num_running)
+        self._gauges["requests_queued"].set(load.num_queued)
+        self._gauges["kv_used_fraction"].set(load.kv_used_fraction)
+        self._gauges["epoch_serving"].set(int(metrics.serving))
+        self._gauges["batch_tokens"].set(tokens / steps if steps else 0.0)
+        for name in ("steps", "step_tokens", "generated_tokens", "step_seconds"):
+            self._count_up(self._counters[name], name, getattr(metrics, name), {})
+        self._count_up(self._counters["preemptions"], "preemptions", load.num_preemptions, {})
+        for (layer, expert), total in list(metrics.expert_tokens.items()):
+            self._count_up(self._expert, (layer, expert), total, {"layer": str(layer), "expert": str(expert)})
+
+    def _count_up(self, counter: Counter, key: Any, total: float, tags: dict[str, str]) -> None:
+        grown = total - self._published.get(key, 0)
+        if grown > 0:
+            counter.inc(grown, tags=tags)
+            self._published[key] = total
+
+
+@serve.deployment(name="Router", num_replicas=1, max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.1})
+class RouterDeployment:
+    """Checks the checkpoint before anything is placed, then starts the router, which brings up the ranks."""
+
+    def __init__(self, pipeline: dict[str, Any]) -> None:
+        config = PipelineConfig.parse(pipeline)
+        directory = resolve_model_directory(config.model)
+        model = read_model_config(directory)
+        if config.load == "checkpoint":
+            validate_checkpoint(directory)
+        plan = resolve(replace(config, model=str(directory)), model, cluster_machines(config.device))
+        log.info("%s", plan.describe())
+        self._config, self._model = plan.pipeline, model
+        self._name = config.served_model_name or config.model.removeprefix("shape:").rstrip("/").rpartition("/")[2]
+        self._created_s = int(time.time())
+        host = ray.util.get_node_ip_address()
+        self._store = RendezvousStore(host)
+        self._store.start()
+        fleet = RayFleet(plan.pipeline)
+        self._router = Router(plan.pipeline, model, plan.ranks, fleet, self._store.endpoint)
+        self._endpoint = self._router.start(host)
+        self._publisher = MetricsPublisher(self._router.metrics)
+        self._task = asyncio.get_event_loop().create_task(self._publish())
+
+    async def endpoint(self) -> str:
+        """Where ingresses connect: tcp://host:port."""
+        return self._endpoint
+
+    async def describe(self) -> dict[str, Any]:
+        """What is served, for ingresses."""
+        return {
+            "name": self._name,
+            "model": self._config.model,
+            "max_model_len": self._config.max_model_len,
+            "vocab_size": self._model.vocab_size,
+            "bos_token_id": self._model.bos_token_id,
+            "eos_token_ids": self._model.eos_token_ids,
+            "created_s": self._created_s,
+        }
+
+    async def check_health(self) -> None:
+        """Serve restarts the replica when this raises."""
+        if not self._router.alive:
+            raise UnavailableError("the router's thread has ended")
+
+    async def _publish(self) -> None:
+        while True:
+            await asyncio.sleep(PUBLISH_S)
+            self._publisher.publish()
+
+    async def __del__(self) -> None:
+        self._task.cancel()
+        self._router.stop()
+        self._store.stop()

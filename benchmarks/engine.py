@@ -1,0 +1,121 @@
+"""The bare engine for benchmarks: the real router and the real ranks as processes, without Ray, Serve or text."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from actors.checkpoint.config import read_model_config
+from actors.config import PipelineConfig
+from actors.dispatch.group import RendezvousStore
+from actors.router.worker import Router
+from actors.types import Beat, Request, RouterStatus, SamplingParams, Submit
+from actors.wire import FROM_ROUTER, TO_ROUTER, open_socket
+from benchmarks.workload import Item
+from cluster.hardware import Machines, local_cpu
+from cluster.layout import resolve
+from cluster.local_fleet import LocalFleet
+
+START_TIMEOUT_S = 300.0
+BEAT_S = 1.0
+
+
+@dataclass(slots=True)
+class Trace:
+    """One request as its client saw it: when it was sent, and when each token came (seconds, perf_counter)."""
+
+    sent_s: float
+    token_s: list[float] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    problem: str = ""
+
+    @property
+    def ttft_s(self) -> float:
+        return self.token_s[0] - self.sent_s
+
+    @property
+    def gaps_s(self) -> list[float]:
+        return [b - a for a, b in zip(self.token_s, self.token_s[1:], strict=False)]
+
+
+class Engine:
+    """A pipeline that one thread drives. Use as a context manager."""
+
+    def __init__(self, directory: Path, machines: Machines | None = None, devices: Sequence[str] = (), **keys: Any) -> None:
+        config = PipelineConfig.parse({"model": str(directory), **keys})
+        model = read_model_config(directory)
+        plan = resolve(config, model, machines or local_cpu())
+        self.pipeline = plan.pipeline
+        self._fleet = LocalFleet(devices or ["cpu"] * len(plan.ranks), plan.pipeline.threads_per_rank)
+        self._store = RendezvousStore("127.0.0.1")
+        self._store.start()
+        self.router = Router(plan.pipeline, model, plan.ranks, self._fleet, self._store.endpoint)
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._next_id = 0
+
+    def __enter__(self) -> "Engine":
+        self._socket = open_socket(self._context, zmq.DEALER)
+        self._socket.connect(self.router.start("127.0.0.1"))
+        ends_s = time.monotonic() + START_TIMEOUT_S
+        while not (status := self.status()).serving:
+            if self.router.broken or time.monotonic() > ends_s:
+                self.__exit__()
+                raise RuntimeError(f"the engine does not serve: {status.detail}")
+            time.sleep(0.1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.router.stop()
+        self._fleet.stop()
+        self._store.stop()
+        self._context.destroy(linger=0)
+
+    def status(self) -> RouterStatus:
+        self._socket.send(TO_ROUTER.encode(Beat()))
+        while not isinstance(message := FROM_ROUTER.decode(self._socket.recv()), RouterStatus):
+            pass
+        return message
+
+    def run(self, items: Sequence[Item], **sampling: Any) -> list[Trace]:
+        """Sends all items at once, greedy unless told otherwise, and waits for all of them."""
+        traces: dict[str, Trace] = {}
+        for item in items:
+            self._next_id += 1
+            request = Request(
+                request_id=str(self._next_id),
+                prompt_ids=tuple(item.prompt_ids),
+                sampling=SamplingParams(max_tokens=item.num_outputs, **({"temperature": 0.0} | sampling)),
+            )
+            traces[request.request_id] = Trace(time.perf_counter())
+            self._socket.send(TO_ROUTER.encode(Submit(request=request)))
+        open_requests, beat_s = set(traces), time.monotonic()
+        while open_requests:
+            if time.monotonic() - beat_s > BEAT_S:
+                self._socket.send(TO_ROUTER.encode(Beat()))
+                beat_s = time.monotonic()
+            if self._socket.poll(200):
+                self._take(FROM_ROUTER.decode(self._socket.recv()), traces, open_requests)
+        return list(traces.values())
+
+    @staticmethod
+    def _take(message: Any, traces: dict[str, Trace], open_requests: set[str]) -> None:
+        if isinstance(message, RouterStatus):
+            return
+        now_s = time.perf_counter()
+        for event in message.events:
+            trace = traces[event.request_id]
+            trace.token_s += [now_s] * len(event.tokens)
+            trace.token_ids += [token.token_id for token in event.tokens]
+            if event.error:
+                trace.problem = event.error.problem
+            if event.error or event.finish_reason:
+                open_requests.discard(event.request_id)
+
+
+def tokens_per_s(traces: Sequence[Trace]) -> float:
+    """All tokens over the time from the first request sent to the last token."""
+    began, ended = min(t.sent_s for t in traces), max(t.token_s[-1] for t in traces)
+    return sum(len(t.token_s) for t in traces) / (ended - began)

@@ -1,0 +1,96 @@
+"""The environment and ports of a Ray that belongs to one `corral serve` alone.
+
+Owns which variables keep that Ray apart from any other on the machine: its own folder, token and ports; no address,
+token or usage report of anybody else. Must be applied before ray is imported, so it does not import ray.
+"""
+
+import os
+import secrets
+import socket
+from collections.abc import Iterator, MutableMapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from actors.errors import ConfigError
+
+Front = Literal["haproxy", "proxy"]
+
+# Each of these would tie our Ray to a cluster or a token that is not its own.
+_FOREIGN = (
+    "RAY_ADDRESS",
+    "RAY_API_SERVER_ADDRESS",
+    "RAY_AUTH_TOKEN",
+    "RAY_AUTH_TOKEN_PATH",
+    "RAY_JOB_CONFIG_JSON_ENV_VAR",
+    "RAY_NAMESPACE",
+    "RAY_RUNTIME_ENV_HOOK",
+    "RAY_TMPDIR",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServicePorts:
+    """What a service listens on. `host` is the front's; everything else is for this machine's own use."""
+
+    host: str
+    http: int
+    grpc: int
+    metrics: int
+
+
+def apply_environment(environment: MutableMapping[str, str], scratch: Path, front: Front, token_file: Path) -> None:
+    """Sets what a private Ray needs, and writes its token (mode 0600). Children inherit it."""
+    for name in _FOREIGN:
+        environment.pop(name, None)
+    token_file.touch(mode=0o600)
+    token_file.write_text(secrets.token_hex(32))
+    stats, metrics, fallback_http, fallback_grpc = free_ports(4)
+    environment.update(
+        {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token_file),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            # Rank and replica processes are started when they are needed; 16 idle ones would only take memory.
+            "RAY_prestart_worker_first_driver": "0",
+            "RAY_SERVE_ENABLE_HA_PROXY": "1" if front == "haproxy" else "0",
+            # Serve puts a folder named by 56 characters between scratch and each file, and HAProxy takes socket paths
+            # of at most 97 bytes: there is no room for one more folder.
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(scratch / "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(scratch / "admin.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(scratch),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(scratch / "server-state"),
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(scratch / "metrics.sock"),
+            "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_http),
+            "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
+        }
+    )
+
+
+def check_port(host: str, port: int, flag: str) -> None:
+    """Raises ConfigError, naming the flag, if nothing can listen on `port`."""
+    with _bound(host, port, flag):
+        return
+
+
+def free_ports(count: int) -> tuple[int, ...]:
+    """Different ports that nothing listens on now."""
+    with ExitStack() as stack:
+        return tuple(stack.enter_context(_bound("", 0, "port")) for _ in range(count))
+
+
+@contextmanager
+def _bound(host: str, port: int, flag: str) -> Iterator[int]:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free
+        try:
+            listener.bind((host, port))
+            listener.listen()  # with SO_REUSEADDR only this tells a port that somebody listens on
+        except OSError as e:
+            raise ConfigError(flag, f"{host}:{port} cannot be used: {e.strerror}; choose another with --{flag}") from e
+        yield int(listener.getsockname()[1])
