@@ -1,6 +1,7 @@
 """What it costs to send the tokens of a MoE layer to their experts and back, per layout.
 
-Real processes on this host over gloo. The experts do nothing, so what is timed is dispatch itself: choosing, sorting,
+Real processes on this host over gloo. "wire" is the floor: one message of the same bytes to a peer and back, and nothing
+else. The experts do nothing, so what is timed is dispatch itself: choosing, sorting,
 packing, the wire both ways, and putting results back. Prints the median microseconds per MoE layer on the slowest
 attention rank, and the 99th percentile.
 
@@ -38,6 +39,7 @@ class Layout(NamedTuple):
 
 LAYOUTS = (
     Layout("single", (0,), (0,)),
+    Layout("wire", (0,), (1,)),
     Layout("1A+1E", (0,), (1,)),
     Layout("2A+2E", (0, 1), (2, 3)),
     Layout("colocated-2", (0, 1), (0, 1)),
@@ -78,27 +80,56 @@ def time_layers(dispatch: Dispatch, counts: tuple[int, ...], case: Case, steps: 
     return elapsed_us
 
 
-def run_rank(rank: int, layout: Layout, cases: list[Case], endpoint: str, results: Any) -> None:
+def time_wire(group: EpochGroup, case: Case, steps: int) -> list[float]:
+    """Microseconds of each round trip of rank 0; rank 1 echoes."""
+    out_TD = torch.zeros(case.tokens, case.hidden, dtype=case.dtype)
+    in_TD = torch.zeros_like(out_TD)
+    elapsed_us = []
+    for _ in range(steps * len(LAYERS)):
+        start_s = time.perf_counter()
+        receive = group.post((), [(1 - group.rank, in_TD)], 0)
+        if group.rank == 1:
+            receive.wait()
+        send = group.post([(1 - group.rank, out_TD)], (), 0)
+        if group.rank == 0:
+            receive.wait()
+        send.wait()
+        elapsed_us.append((time.perf_counter() - start_s) * 1e6)
+    return elapsed_us
+
+
+def run_rank(rank: int, layout: Layout, cases: list[Case], endpoint: str, results: Any, barrier: Any) -> None:
     torch.set_num_threads(1)
     world = max((*layout.attention, *layout.experts)) + 1
     group = EpochGroup(CPU, ADDRESS)
     group.prepare(endpoint)
     routing = routing_of(layout)
     for epoch, case in enumerate(cases):
+        barrier.wait(60)
         group.join(epoch, rank, world, 30.0, 30.0)
         shape = TokenShape(hidden=case.hidden, experts_per_token=1, dtype=case.dtype, device=CPU)
         experts = do_nothing if rank in layout.experts else None
         dispatch = CollectiveDispatch(group, routing, experts, layout.attention, shape)
         counts = tuple(case.tokens if r in layout.attention else 0 for r in range(world))
         steps = steps_of(case)
-        if rank in layout.attention:
+        if layout.name == "wire":
+            elapsed_us = time_wire(group, case, steps)
+            if rank == 0:
+                results.put((epoch, *summary(elapsed_us)))
+        elif rank in layout.attention:
             time_layers(dispatch, counts, case, max(1, steps // 10), rank)
             elapsed_us = time_layers(dispatch, counts, case, steps, rank)
-            results.put((epoch, statistics.median(elapsed_us), sorted(elapsed_us)[int(len(elapsed_us) * 0.99)]))
+            results.put((epoch, *summary(elapsed_us)))
         else:
             for _ in range(max(1, steps // 10) + steps):
                 dispatch.serve_step(counts)
+    barrier.wait(60)
     group.leave()
+
+
+def summary(elapsed_us: list[float]) -> tuple[float, float]:
+    """Median and 99th percentile."""
+    return statistics.median(elapsed_us), sorted(elapsed_us)[int(len(elapsed_us) * 0.99)]
 
 
 def steps_of(case: Case) -> int:
@@ -113,8 +144,10 @@ def measure_group(layout: Layout, cases: list[Case]) -> list[tuple[float, float]
     context = mp.get_context("spawn")
     results = context.Queue()
     world = max((*layout.attention, *layout.experts)) + 1
+    barrier = context.Barrier(world)
     processes = [
-        context.Process(target=run_rank, args=(rank, layout, cases, store.endpoint, results)) for rank in range(world)
+        context.Process(target=run_rank, args=(rank, layout, cases, store.endpoint, results, barrier))
+        for rank in range(world)
     ]
     for process in processes:
         process.start()
@@ -134,7 +167,7 @@ def measure_single(layout: Layout, cases: list[Case]) -> list[tuple[float, float
     for case in cases:
         dispatch = LocalDispatch(do_nothing, routing_of(layout))
         elapsed_us = time_layers(dispatch, (case.tokens,), case, steps_of(case), 0)
-        measured.append((statistics.median(elapsed_us), sorted(elapsed_us)[int(len(elapsed_us) * 0.99)]))
+        measured.append(summary(elapsed_us))
     return measured
 
 

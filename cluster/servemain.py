@@ -18,7 +18,7 @@ from cluster.private_ray import ServicePorts
 
 APPLICATION = "corral"
 SERVICERS = [
-    "protos.inference_pb2_grpc.add_InferenceServicer_to_server",
+    "actors.ingress.servicers.add_inference",
     "actors.ingress.servicers.add_health",
 ]
 _LOOPBACK_NODE = "127.0.0.2"  # Ray replaces 127.0.0.1 by a network address; ranks are for this machine only

@@ -4,6 +4,7 @@ Owns the state folder of a service (one per HTTP port), the mark by which its pr
 that after `stop` none of them is left. Linux only (/proc). Knows nothing of Ray or of what the processes do.
 """
 
+import ctypes
 import json
 import os
 import secrets
@@ -18,6 +19,7 @@ MARK = "CORRAL_SESSION"  # environment variable that every process of a service 
 STOP_TIMEOUT_S = 30.0  # a service that has not ended by itself by then is killed
 KILL_TIMEOUT_S = 10.0
 _POLL_S = 0.05
+_PR_SET_CHILD_SUBREAPER = 36  # of <linux/prctl.h>
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,9 +79,10 @@ def all_sessions(environment: Mapping[str, str] = os.environ) -> dict[int, Sessi
 
 
 def open_session(http_url: str, grpc_address: str, metrics_url: str, scratch: Path) -> Session:
-    """Marks this process's future children, and describes it as a session."""
+    """Marks this process's future children, makes their orphans its own, and describes it as a session."""
     session_id = secrets.token_hex(8)
     os.environ[MARK] = session_id
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     pid = os.getpid()
     return Session(
         session_id=session_id,

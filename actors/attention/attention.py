@@ -45,8 +45,8 @@ class Attention:
         qkv_THd = qkv_TN.view(qkv_TN.shape[0], -1, self._head_dim)
         if uses_rope:
             self._rotate(qkv_THd, inputs)
-        elif inputs.temperatures_T11 is not None:
-            qkv_THd[:, : self._num_heads].mul_(inputs.temperatures_T11)
+        else:
+            self._temper(qkv_THd, inputs)
         kv_THd = qkv_THd[:, self._num_heads :]
         cache.tokens_NHd.index_copy_(0, group.write_slots_T, kv_THd)
         # Query head h reads kv head h // G.
@@ -59,6 +59,10 @@ class Attention:
         rotate_(qk_THd, inputs.rotations_T1R)
         if self._use_qk_norm:
             qk_THd.copy_(rms_norm(qk_THd, None, self._eps))
+
+    def _temper(self, qkv_THd: Tensor, inputs: StepInputs) -> None:
+        if inputs.temperatures_T11 is not None:
+            qkv_THd[:, : self._num_heads].mul_(inputs.temperatures_T11)
 
     def _attend(self, q_TKGd: Tensor, kv_THd: Tensor, group: GroupInputs, cache: LayerCache) -> Tensor:
         if len(group.decode) + len(group.runs) == 1:  # the result is the output: nothing to gather

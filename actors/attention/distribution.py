@@ -9,8 +9,8 @@ tokens that are ranked.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import pad
 
 BLOCK_TOKENS = 64  # of the two-level search; divides the vocabulary of most models
 SHORT_RANK = 1024  # a CPU looks for the nucleus among this many tokens before it sorts them all
@@ -34,25 +34,26 @@ def weights_at(distance: Tensor, unit_weight: int) -> Tensor:
     return distance.neg().exp_().mul_(unit_weight).to(torch.int64)
 
 
-def keep_top_k(weight_RV: Tensor, distance_RV: Tensor, top_k_R: Tensor, max_top_k: int) -> Tensor:
-    """Weights of the k likeliest tokens, 0 elsewhere. top_k_R int64 in [1, max_top_k], max_top_k at most V."""
-    return _keep_ranks(weight_RV, distance_RV, _nearest(distance_RV, max_top_k), top_k_R[:, None])
+def keep_likeliest(
+    weight_RV: Tensor, distance_RV: Tensor, top_k_R: Tensor | None, top_p_R: Tensor | None, max_rank: int
+) -> Tensor:
+    """Weights of the k likeliest tokens, and of these the fewest likeliest that have `top_p` of their weight; else 0.
 
-
-def keep_top_p(weight_RV: Tensor, distance_RV: Tensor, top_p_R: Tensor, max_rank: int) -> Tensor:
-    """Weights of the fewest likeliest tokens that together have `top_p` of the row's weight, 0 elsewhere.
-
-    top_p_R float64 in (0, 1]. At least one token is kept. No token beyond `max_rank` has weight (V if unknown).
+    top_k_R int64 in [1, max_rank], max_rank at most V; top_p_R float64 in (0, 1]. Each may be None, not both; without
+    top_k_R max_rank is V. At least one token is kept.
     """
-    unit_weight = unit(weight_RV.shape[-1])
-    target_R = (weight_RV.sum(-1).double() * top_p_R).ceil_().to(torch.int64).clamp_(min=1)
-    nearest_RN = _nearest(distance_RV, min(max_rank, SHORT_RANK) if weight_RV.is_cpu else max_rank)
-    ranked_RN = weights_at(nearest_RN, unit_weight)
-    if nearest_RN.shape[-1] < max_rank and bool((ranked_RN.sum(-1) < target_R).any()):
-        nearest_RN = _nearest(distance_RV, max_rank)
-        ranked_RN = weights_at(nearest_RN, unit_weight)
-    num_kept_R1 = _locate(ranked_RN, target_R - 1)[:, None] + 1
-    return _keep_ranks(weight_RV, distance_RV, nearest_RN, num_kept_R1)
+    if top_k_R is None:
+        assert top_p_R is not None
+        target_R = _share(weight_RV.sum(-1), top_p_R)
+        nearest_RN, ranked_RN = _rank_nucleus(weight_RV, distance_RV, target_R)
+        return _keep_ranks(weight_RV, distance_RV, nearest_RN, _locate(ranked_RN, target_R - 1)[:, None] + 1)
+    nearest_RN = _nearest(distance_RV, max_rank)
+    if top_p_R is None:
+        return _keep_ranks(weight_RV, distance_RV, nearest_RN, top_k_R[:, None])
+    ranks_N = torch.arange(max_rank, device=weight_RV.device)
+    ranked_RN = weights_at(nearest_RN, unit(weight_RV.shape[-1])).masked_fill_(ranks_N >= top_k_R[:, None], 0)
+    target_R = _share(ranked_RN.sum(-1), top_p_R)
+    return _keep_ranks(weight_RV, distance_RV, nearest_RN, _locate(ranked_RN, target_R - 1)[:, None] + 1)
 
 
 def keep_min_p(weight_RV: Tensor, min_p_R: Tensor) -> Tensor:
@@ -72,6 +73,23 @@ def draw(weight_RV: Tensor, uniform_R: Tensor) -> Tensor:
     total_R = weight_RV.sum(-1)
     target_R = (total_R.double() * uniform_R).to(torch.int64).minimum(total_R - 1)
     return _locate(weight_RV, target_R)
+
+
+def _share(total_R: Tensor, share_R: Tensor) -> Tensor:
+    """The smallest weight that is at least `share` of the total, 1 or more, the total or less."""
+    return (total_R.double() * share_R).ceil_().to(torch.int64).minimum(total_R).clamp_(min=1)
+
+
+def _rank_nucleus(weight_RV: Tensor, distance_RV: Tensor, target_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Distances, ascending, and weights of the nearest tokens: at least as many as have the target together."""
+    vocab_size = weight_RV.shape[-1]
+    if weight_RV.is_cpu and vocab_size > SHORT_RANK:
+        nearest_RN = _nearest(distance_RV, SHORT_RANK)
+        ranked_RN = weights_at(nearest_RN, unit(vocab_size))
+        if bool((ranked_RN.sum(-1) >= target_R).all()):
+            return nearest_RN, ranked_RN
+    nearest_RV = _nearest(distance_RV, vocab_size)
+    return nearest_RV, weights_at(nearest_RV, unit(vocab_size))
 
 
 def _nearest(distance_RV: Tensor, num_ranked: int) -> Tensor:
@@ -97,7 +115,7 @@ def _locate(mass_RV: Tensor, target_R: Tensor) -> Tensor:
     In two levels, over the sums of blocks and then in one block: a running sum over the whole row is slow on a GPU.
     """
     num_rows, width = mass_RV.shape
-    padded_RV = F.pad(mass_RV, (0, -width % BLOCK_TOKENS)) if width % BLOCK_TOKENS else mass_RV
+    padded_RV = pad(mass_RV, (0, -width % BLOCK_TOKENS)) if width % BLOCK_TOKENS else mass_RV
     blocks = padded_RV.view(num_rows, -1, BLOCK_TOKENS)
     block_sums = blocks.sum(-1)
     reached = block_sums.cumsum(-1)

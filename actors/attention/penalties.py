@@ -38,10 +38,10 @@ class PenaltyPool:
             self._grow()
         slot = self._free.pop()
         device = self._in_prompt_SV.device
-        self._in_prompt_SV[slot] = False
-        self._num_outputs_SV[slot] = 0
+        self._in_prompt_SV[slot].zero_()
+        self._num_outputs_SV[slot].zero_()
         if prompt_ids:
-            self._in_prompt_SV[slot, upload(prompt_ids, torch.int64, device)] = True
+            self._in_prompt_SV[slot].index_fill_(0, upload(prompt_ids, torch.int64, device), True)
         if output_ids:
             ids = upload(output_ids, torch.int64, device)
             self._num_outputs_SV[slot].index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))

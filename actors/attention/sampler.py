@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.attention.distribution import distances, draw, keep_min_p, keep_top_k, keep_top_p, unit, weights_at
+from actors.attention.distribution import distances, draw, keep_likeliest, keep_min_p, unit, weights_at
 from actors.attention.logprobs import logprobs
 from actors.attention.penalties import PenaltyPool
 from actors.attention.philox import uniforms
@@ -28,7 +28,7 @@ from actors.types import SampledToken, SamplingParams
 
 logger = logging.getLogger(__name__)
 
-GROUP_ELEMENTS = 1 << 23  # logits worked on at once, to bound the workspace: it is below 50 bytes per logit
+GROUP_ELEMENTS = 1 << 23  # logits worked on at once: bounds the workspace, up to 60 bytes per logit, to 480 MiB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,10 +190,8 @@ def _choose(group: RowGroup, x_RV: Tensor, uniform_R: Tensor) -> Tensor:
         return x_RV.max(-1).indices
     distance_RV = distances(x_RV, group.temperature_R)
     weight_RV = weights_at(distance_RV, unit(x_RV.shape[-1]))
-    if group.top_k_R is not None:
-        weight_RV = keep_top_k(weight_RV, distance_RV, group.top_k_R, group.max_rank)
-    if group.top_p_R is not None:
-        weight_RV = keep_top_p(weight_RV, distance_RV, group.top_p_R, group.max_rank)
+    if group.top_k_R is not None or group.top_p_R is not None:
+        weight_RV = keep_likeliest(weight_RV, distance_RV, group.top_k_R, group.top_p_R, group.max_rank)
     if group.min_p_R is not None:
         weight_RV = keep_min_p(weight_RV, group.min_p_R)
     return draw(weight_RV, uniform_R)

@@ -42,7 +42,7 @@ class AttentionWorker:
         self._requests = RequestTable(device)
         self._sampler = Sampler(config.vocab_size, device)
         self._builder: BatchBuilder | None = None
-        self._cache: KvCache | None = None
+        self.cache: KvCache | None = None
         self._dispatch: Dispatch | None = None
 
     @classmethod
@@ -66,7 +66,7 @@ class AttentionWorker:
         page_tokens = fit_page_tokens(self._config, self._pipeline.page_tokens)
         longest_tokens = self._pipeline.max_model_len or self._config.max_position_embeddings
         pools = plan_pages(self._config, page_tokens, self._cache_bytes(), longest_tokens, self._dtype.itemsize)
-        self._cache = KvCache(self._config, pools, self._dtype, self._device)
+        self.cache = KvCache(self._config, pools, self._dtype, self._device)
         self._builder = BatchBuilder(self._config, page_tokens, self._dtype, self._device)
         return pools
 
@@ -102,9 +102,9 @@ class AttentionWorker:
     @torch.inference_mode()
     def forward(self, work: Sequence[Work]) -> tuple[StepInputs, Tensor]:
         """Computes at least one piece of work without sampling: the step's inputs and its hidden states h_TD."""
-        assert self._builder and self._cache and self._dispatch, "the cache and an epoch come before steps"
+        assert self._builder and self.cache and self._dispatch, "the cache and an epoch come before steps"
         inputs = self._builder.build(work, self._requests)
-        return inputs, self._model.forward(inputs, self._cache, self._dispatch)
+        return inputs, self._model.forward(inputs, self.cache, self._dispatch)
 
     def take_in(self, plan: RankPlan) -> None:
         """Releases and admits, and computes nothing: all there is to do in a step that brings this rank no tokens."""

@@ -161,7 +161,7 @@ def _quantized(name: str, shape: tuple[int, ...], seed: int) -> tuple[Tensor, Te
 
 
 def _split(planned: list[_Planned], shards: int) -> list[list[_Planned]]:
-    """Consecutive groups of about equal bytes; fewer than `shards` where there are not enough tensors."""
+    """Consecutive groups of about equal bytes; fewer than `shards` where one tensor is more than a share."""
     share_bytes = max(1.0, sum(tensor.num_bytes for tensor in planned) / max(1, shards))
     groups: dict[int, list[_Planned]] = {}
     begun_bytes = 0

@@ -123,7 +123,10 @@ class CollectiveDispatch:
             self._post_arrivals(0)
 
     def serve_step(self, tokens_of_rank: tuple[int, ...]) -> None:
-        """A whole step of a rank that brings no tokens: computes what others send, layer after layer."""
+        """A whole step of a rank that brings no tokens: computes what others send, layer after layer.
+
+        The last results may still be on their way when it returns; who awaits them has them before the group is left.
+        """
         self.begin_step(tokens_of_rank)
         if self._layout.own_rows:
             raise ValueError(f"rank {self._members.rank} has tokens in this step: it must dispatch them")
@@ -237,11 +240,11 @@ class CollectiveDispatch:
             arrived = self._take_arrivals(layer_idx)
             if self._serves[layer_idx]:
                 replies = self._compute(layer_idx, own_counts, arrived)
-            if self._replying is not None:
+            if self._replying is not None:  # of the layer before: waiting now, after arrivals, costs nothing
                 self._replying.wait()
         if self._members.is_expert or awaited:
             self._replying = self._group.post(replies, awaited, layer_idx * TAGS + RESULTS)
-            if awaited or layer_idx == len(self._layers) - 1:  # after the last layer the group may be left
+            if awaited:
                 self._replying.wait()
                 self._replying = None
 
@@ -268,8 +271,12 @@ class CollectiveDispatch:
                 if num_rows:
                     receives.append((source.rank, words_NW[at : at + num_rows]))
                 at += num_rows
-        self._group.post(self._counted_sends, receives, layer_idx * TAGS + COUNTED_ROWS).wait()
+        transfer = self._group.post(self._counted_sends, receives, layer_idx * TAGS + COUNTED_ROWS)
         self._counted_sends = []
+        if receives:
+            transfer.wait()
+        else:
+            self._leaving.append(transfer)
         return counts
 
     def _compute(self, layer_idx: int, own_counts: tuple[int, ...], arrived: list[int]) -> list[Message]:

@@ -22,6 +22,8 @@ Posted = tuple[int, Any]
 """(peer to blame, or UNKNOWN_RANK where it may be any of several; torch's work object)."""
 
 UNKNOWN_RANK = -1
+TAILED_BYTES = 64 * 1024
+TAIL_NUMEL = 8
 CLOSING_TAG = 2**31 - 1
 CLOSING_TIMEOUT = timedelta(milliseconds=1)
 NO_TIMEOUT_S = 86_400.0
@@ -53,7 +55,11 @@ class Transport(Protocol):
 
 
 class GlooTransport:
-    """Pairs of sockets. A receive that is posted before its send spares the sender a round trip."""
+    """Pairs of sockets. A receive that is posted before its send spares the sender a round trip.
+
+    When a peer dies, gloo wakes those who wait for a message that has not begun to arrive, but not who waits for one
+    that arrives in part. So a large message has a tail that is sent after it and waited for before it.
+    """
 
     preposts = True
 
@@ -68,9 +74,16 @@ class GlooTransport:
         self._pg: Any = gloo(store, rank, world, options)
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message], tag: int) -> list[Posted]:
-        recv, send = self._pg.recv, self._pg.send
-        posted = [(peer, recv([tensor], peer, tag)) for peer, tensor in receives]
-        posted += [(peer, send([tensor], peer, tag)) for peer, tensor in sends]
+        posted: list[Posted] = []
+        for post, messages in ((self._pg.recv, receives), (self._pg.send, sends)):
+            for peer, tensor in messages:
+                if tensor.nbytes < TAILED_BYTES:
+                    posted.append((peer, post([tensor], peer, tag)))
+                else:
+                    flat = tensor.view(-1)
+                    body = post([flat[:-TAIL_NUMEL]], peer, tag)
+                    posted.append((peer, post([flat[-TAIL_NUMEL:]], peer, tag)))
+                    posted.append((peer, body))
         return posted
 
     def wait(self, work: Any) -> None:

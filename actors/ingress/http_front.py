@@ -109,13 +109,14 @@ class HttpFront:
                 shape = shape_type(
                     call.id, model, spec, self._ingress.tokenizer.token_bytes, bool(body.return_token_ids)
                 )
-                if not body.stream:
-                    yield None
-                    yield msgspec.json.encode(shape.whole(await self._ingress.complete(spec, call)))
+                if body.stream:
+                    async with aclosing(self._ingress.stream(spec, call)) as news:
+                        async for data in _events(shape, news, body.include_usage, call.timer):
+                            yield data
                     return
-                async with aclosing(self._ingress.stream(spec, call)) as news:
-                    async for data in _events(shape, news, body.include_usage, call.timer):
-                        yield data
+                yield None
+                whole = msgspec.json.encode(shape.whole(await self._ingress.complete(spec, call)))
+            yield whole
 
         output = run()
         first = await anext(output)

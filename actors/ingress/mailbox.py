@@ -30,12 +30,13 @@ class Mailbox:
             self.fail(UnavailableError(f"token {event.token_index} came where {expected_idx} was due"))
             return
         self._expected_idx[event.request_id] = expected_idx + len(event.tokens)
-        before = self._waiting.get(event.request_id)
-        self._waiting[event.request_id] = _merged(before, event) if before else event
         if event.finish_reason is not None or event.error is not None:
             self.open_ids.discard(event.request_id)
         if event.error is not None:
             self.fail(error_from_wire(event.error))
+        if event.tokens or event.finish_reason is not None:
+            before = self._waiting.get(event.request_id)
+            self._waiting[event.request_id] = _merged(before, event) if before else event
         self._wake.set()
 
     @property
@@ -63,8 +64,6 @@ class Mailbox:
 def _merged(first: TokenEvent, second: TokenEvent) -> TokenEvent:
     return structs.replace(
         first,
-        token_index=first.token_index if first.tokens else second.token_index,
         tokens=first.tokens + second.tokens,
         finish_reason=second.finish_reason,
-        error=second.error,
     )

@@ -106,11 +106,7 @@ class RouterClient:
                 self._mailboxes[request.request_id] = mailbox
                 self._send(Submit(request=request))
             while not mailbox.ended:
-                events = await self._take(mailbox, requests[0].deadline_s)
-                for event in events:
-                    if event.request_id not in mailbox.open_ids:
-                        self._mailboxes.pop(event.request_id, None)
-                yield events
+                yield await self._take(mailbox, requests[0].deadline_s)
                 if interval_s and mailbox.open_ids:
                     await asyncio.sleep(interval_s)
         finally:
@@ -217,8 +213,11 @@ class RouterClient:
     def _deliver(self, batch: TokenBatch) -> None:
         for event in batch.events:
             mailbox = self._mailboxes.get(event.request_id)
-            if mailbox is not None and event.request_id in mailbox.open_ids:  # else its reader has gone
-                mailbox.put(event)
+            if mailbox is None:  # its reader has gone
+                continue
+            mailbox.put(event)
+            if event.request_id not in mailbox.open_ids:
+                del self._mailboxes[event.request_id]
 
     def _set_status(self, status: RouterStatus) -> None:
         was_serving = self.status.serving

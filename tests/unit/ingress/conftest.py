@@ -111,14 +111,16 @@ def serve(card: ModelCard, tokenizer: TextTokenizer) -> Serve:
             await asyncio.sleep(0)
         port = server.servers[0].sockets[0].getsockname()[1]
         url = f"http://127.0.0.1:{port}"
-        if connect:
-            await until(lambda: ingress.status.serving)
-        async with httpx.AsyncClient(base_url=url, timeout=10) as http:
-            yield Service(ingress, router, sink, tokenizer, http, url)
-        assert ingress.num_open_requests == 0
-        server.should_exit = True
-        await serving
-        await router.stop()
+        try:
+            if connect:
+                await until(lambda: ingress.status.serving)
+            async with httpx.AsyncClient(base_url=url, timeout=10) as http:
+                yield Service(ingress, router, sink, tokenizer, http, url)
+            assert ingress.num_open_requests == 0
+        finally:
+            server.should_exit = True
+            await serving
+            await router.stop()
 
     return service
 

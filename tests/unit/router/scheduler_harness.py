@@ -195,8 +195,8 @@ class Driver:
         self.results: dict[int, deque[tuple[int, tuple[SampledToken, ...]]]] = {rank: deque() for rank in self.ranks}
 
     def submit(
-        self, num_prompt: int, max_tokens: int, *, owner: bytes = b"i", replay: int = 0, deadline_s: float | None = None,
-        salt: int = 0, **sampling: Any,
+        self, num_prompt: int, max_tokens: int, *, owner: bytes = b"i", replay: int = 0,
+        deadline_s: float | None = None, salt: int = 0, **sampling: Any,
     ) -> str:  # fmt: skip
         """Submits a request whose prompt is made from its number; `replay` tokens were produced before."""
         number = len(self.clients)

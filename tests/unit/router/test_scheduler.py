@@ -316,7 +316,7 @@ def test_decodes_go_on_while_a_long_prompt_is_computed() -> None:
 
 @pytest.mark.parametrize("budget", [1, 2, 4])
 def test_decodes_beyond_the_budget_take_turns_and_leave_room_to_prompts(budget: int) -> None:
-    driver = make_driver(max_num_batched_tokens=budget)
+    driver = make_driver(pages=128, max_num_batched_tokens=budget)
     for _ in range(6):
         driver.submit(1, 60)
     for _ in range(24):

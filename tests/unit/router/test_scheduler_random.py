@@ -32,7 +32,11 @@ def make_limits(groups: tuple[int, int, bool], **changes: Any) -> SchedulerLimit
 
 def sampling_of(rng: random.Random) -> dict[str, Any]:
     stops = tuple(rng.sample(range(23), rng.choice((0, 1, 3))))
-    return {"max_tokens": rng.choice((1, 2, 5, 12, 30)), "stop_token_ids": stops, "min_tokens": rng.choice((0, 0, 2, 6))}
+    return {
+        "max_tokens": rng.choice((1, 2, 5, 12, 30)),
+        "stop_token_ids": stops,
+        "min_tokens": rng.choice((0, 0, 2, 6)),
+    }
 
 
 class Engine(RuleBasedStateMachine):

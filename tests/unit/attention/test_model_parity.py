@@ -1,0 +1,93 @@
+"""The model against transformers in fp32: whole prompts, every way to split them, decode, and batches of strangers."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+CHUNK = 16
+TOLERANCE = 1e-3
+
+variants = pytest.mark.parametrize("variant", ["maverick", "scout", "top2"])
+relaxed = settings(
+    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=12
+)
+
+
+@variants
+@pytest.mark.parametrize("num_tokens", [1, 15, 16, 17, 31, 32, 33, 47, 48, 49, 70])
+def test_prompt_at_once(make_case: Callable, variant: str, num_tokens: int) -> None:
+    case = make_case(variant)
+    ours = case.load().logits(case.prompts[0][:num_tokens])
+    assert (ours - case.logits[0][:num_tokens]).abs().max() < TOLERANCE
+
+
+@variants
+def test_one_token_at_a_time(make_case: Callable, variant: str) -> None:
+    case = make_case(variant)
+    ours = case.load().logits(case.prompts[0], [1] * 70)
+    assert (ours - case.logits[0]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("page_tokens", [1, 4, 16])
+@variants
+@relaxed
+@given(data=st.data())
+def test_any_split_into_prefill_chunks(make_case: Callable, variant: str, page_tokens: int, data: st.DataObject) -> None:
+    case = make_case(variant)
+    sizes = []
+    while sum(sizes) < 70:
+        sizes.append(data.draw(st.integers(1, min(40, 70 - sum(sizes)))))
+    ours = case.load(page_tokens=page_tokens).logits(case.prompts[1], sizes)
+    assert (ours - case.logits[1]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("options", [{"config_style": "old"}, {"prefix": True}, {"config_style": "old", "prefix": True}])
+@pytest.mark.parametrize("variant", ["maverick", "scout"])
+def test_other_spellings_are_the_same_model(make_case: Callable, variant: str, options: dict[str, object]) -> None:
+    case, respelt = make_case(variant), make_case(variant, **options)
+    ours = respelt.load().logits(case.prompts[0])
+    assert (ours - case.logits[0]).abs().max() < TOLERANCE
+    assert (ours - respelt.logits[0]).abs().max() < TOLERANCE
+
+
+@variants
+@settings(relaxed, max_examples=6)
+@given(seed=st.integers(0, 1 << 30))
+def test_mixed_batches_over_poisoned_pages(
+    make_case: Callable, poisoning_router: Callable, variant: str, seed: int
+) -> None:
+    """Requests come and go; each step mixes prefill and decode; every page that is freed is filled with NaN."""
+    case, draw = make_case(variant), random.Random(seed)
+    router = poisoning_router(case, case.load(kv_cache_bytes=1 << 20), seed)
+    arrivals = [(draw.randrange(3), draw.randint(1, 70)) for _ in range(6)]
+    while arrivals or router.running:
+        if arrivals and (not router.running or draw.random() < 0.3):
+            router.admit(*arrivals.pop())
+        chosen = draw.sample(sorted(router.running), draw.randint(1, len(router.running)))
+        left = {i: router.running[i].num_tokens - router.running[i].done for i in chosen}
+        assert router.step([(i, min(left[i], draw.choice([1, 1, 1, 2, 7, 16, 30]))) for i in chosen]) < TOLERANCE
+
+
+@variants
+def test_long_decode_batch_of_unequal_contexts(make_case: Callable, poisoning_router: Callable, variant: str) -> None:
+    """Contexts from 1 to 60 tokens, decoded together until all are over: padding and grouping in both page groups."""
+    case = make_case(variant)
+    router = poisoning_router(case, case.load(), 3)
+    for i in range(12):
+        router.admit(i % 3, 70)
+    for i in range(12):
+        assert router.step([(i, 1 + 5 * i)]) < TOLERANCE
+    while router.running:
+        assert router.step([(i, 1) for i in router.running]) < TOLERANCE
+
+
+def test_bfloat16_stays_near(make_case: Callable) -> None:
+    """Only near: rounding flips routes of a random model. Logits are fp32 whatever the dtype."""
+    case = make_case("maverick")
+    ours = case.load(dtype="bfloat16").logits(case.prompts[0][:12], [5, 1, 1, 5])
+    assert ours.dtype == torch.float32
+    assert (ours - case.logits[0][:12]).abs().mean() < 0.5
