@@ -21,7 +21,7 @@ class RankActor:
     """A detached actor that outlives the router. Its endpoint is where the router's commands go."""
 
     def __init__(self, rank: int, device: str, threads: int, lease_s: float, group: str) -> None:
-        logging.basicConfig(level=logging.INFO)
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
         if threads:
             torch.set_num_threads(threads)
         host = ray.util.get_node_ip_address()

@@ -21,7 +21,7 @@ from actors.dispatch.rows import TokenShape
 from actors.errors import RankError
 from actors.expert.worker import ExpertWorker
 from actors.precision import compute_dtype
-from actors.types import Epoch, Loaded, RankSpec, StepPlan, StepResult
+from actors.types import Epoch, Loaded, RankSpec, SampledToken, StepPlan, StepResult
 
 EXPERT_REPORT_S = 1.0
 
@@ -113,21 +113,20 @@ class Rank:
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> StepResult | None:
-        """Runs one step; expert ranks answer nothing. A plan of an epoch that is over is dropped. Raises RankError."""
+        """Runs one step; expert ranks answer nothing. A plan of an epoch that is over is dropped.
+
+        Raises RankError when a peer is lost: the epoch is over for this rank then.
+        """
         if plan.epoch != self._epoch_number:
             return None
         began_s = time.perf_counter()
-        num_own = plan.tokens_of_rank[self.rank]
-        if num_own == 0 and self._collective is not None:
-            self._collective.serve_step(plan.tokens_of_rank)
-        if plan.rank_plan is None or self._attention is None or self._dispatch is None:
+        try:
+            tokens = self._run(plan)
+        except RankError:
+            self.leave()
+            raise
+        if plan.rank_plan is None:
             return None
-        if num_own:
-            self._dispatch.begin_step(plan.tokens_of_rank)
-            tokens = self._attention.step(plan.rank_plan)
-        else:
-            self._attention.take_in(plan.rank_plan)
-            tokens = []
         return StepResult(
             rank=self.rank,
             epoch=plan.epoch,
@@ -136,6 +135,18 @@ class Rank:
             elapsed_us=int((time.perf_counter() - began_s) * 1e6),
             expert_tokens=self._expert_tokens(),
         )
+
+    def _run(self, plan: StepPlan) -> list[SampledToken]:
+        """A rank with tokens computes its own part; one without serves the others' tokens, layer after layer."""
+        if plan.tokens_of_rank[self.rank]:
+            assert plan.rank_plan and self._attention and self._dispatch, "only attention ranks bring tokens"
+            self._dispatch.begin_step(plan.tokens_of_rank)
+            return self._attention.step(plan.rank_plan)
+        if self._collective is not None:
+            self._collective.serve_step(plan.tokens_of_rank)
+        if plan.rank_plan and self._attention:
+            self._attention.take_in(plan.rank_plan)
+        return []
 
     def _expert_tokens(self) -> dict[int, tuple[int, ...]]:
         """Tokens by expert since the last report, about once a second."""

@@ -259,7 +259,7 @@ def longest_request_tokens(footprint: Footprint, kv_bytes: int, page_tokens: int
     chunked_bytes = page_tokens * footprint.kv_bytes_per_token(len(model.chunked_layers))
     chunk_pages = model.chunk_tokens // page_tokens
     pages = max(kv_bytes, 0) // (global_bytes + chunked_bytes)
-    if chunked_bytes and pages > chunk_pages:
+    if chunked_bytes and pages >= chunk_pages:
         pages = (kv_bytes - chunk_pages * chunked_bytes) // global_bytes if global_bytes else sys.maxsize // page_tokens
     return int(pages) * page_tokens
 

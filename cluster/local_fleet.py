@@ -5,6 +5,7 @@ Owns their processes. The ranks are the real ones (`actors/rank_loop.py`); only 
 
 import multiprocessing
 import multiprocessing.connection
+import os
 from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 
@@ -20,6 +21,10 @@ FIRST_LEASE_S = 60.0
 
 
 def _live(rank: int, device: str, threads: int, host: str, pipe: multiprocessing.connection.Connection) -> None:
+    kind, _, number = device.partition(":")
+    if kind == "cuda":  # as in a Ray actor: a rank sees its own GPU and no other
+        os.environ["CUDA_VISIBLE_DEVICES"] = number
+        device = "cuda:0"
     if threads:
         torch.set_num_threads(threads)
     loop = RankLoop(Rank(rank, torch.device(device), host), host, FIRST_LEASE_S)

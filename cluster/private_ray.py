@@ -5,10 +5,11 @@ token or usage report of anybody else. Must be applied before ray is imported, s
 """
 
 import os
+import random
 import secrets
 import socket
 from collections.abc import Iterator, MutableMapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,6 +31,11 @@ _FOREIGN = (
 )
 
 
+_REPLICA_PORTS = 16  # of each kind, for as many ingress replicas
+_LEAST_BLOCK_PORT = 20000
+_FIRST_EPHEMERAL_PORT = 32768  # Linux hands out ports from here on
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServicePorts:
     """What a service listens on. `host` is the front's; everything else is for this machine's own use."""
@@ -47,6 +53,8 @@ def apply_environment(environment: MutableMapping[str, str], scratch: Path, fron
     token_file.touch(mode=0o600)
     token_file.write_text(secrets.token_hex(32))
     stats, metrics, fallback_http, fallback_grpc = free_ports(4)
+    # gRPC servers of two services would share a replica's port without an error, and each other's calls with it.
+    replicas = free_block(2 * _REPLICA_PORTS)
     environment.update(
         {
             "RAY_AUTH_MODE": "token",
@@ -67,6 +75,10 @@ def apply_environment(environment: MutableMapping[str, str], scratch: Path, fron
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_http),
             "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replicas),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(replicas + _REPLICA_PORTS),
+            "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(replicas + _REPLICA_PORTS),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(replicas + 2 * _REPLICA_PORTS),
         }
     )
 
@@ -81,6 +93,16 @@ def free_ports(count: int) -> tuple[int, ...]:
     """Different ports that nothing listens on now."""
     with ExitStack() as stack:
         return tuple(stack.enter_context(_bound("", 0, "port")) for _ in range(count))
+
+
+def free_block(count: int) -> int:
+    """The first of `count` consecutive ports below the ephemeral ones that nothing listens on. Raises ConfigError."""
+    for start in random.sample(range(_LEAST_BLOCK_PORT, _FIRST_EPHEMERAL_PORT - count, count), 64):
+        with ExitStack() as stack, suppress(ConfigError):
+            for port in range(start, start + count):
+                stack.enter_context(_bound("", port, "port"))
+            return start
+    raise ConfigError("port", f"no {count} consecutive ports are free on this machine")
 
 
 @contextmanager

@@ -65,10 +65,10 @@ class Attention:
             qkv_THd[:, : self._num_heads].mul_(inputs.temperatures_T11)
 
     def _attend(self, q_TKGd: Tensor, kv_THd: Tensor, group: GroupInputs, cache: LayerCache) -> Tensor:
-        if len(group.decode) + len(group.runs) == 1:  # the result is the output: nothing to gather
-            if group.decode:
-                return self._decode(q_TKGd, group.decode[0], cache)
-            return self._run(q_TKGd, kv_THd, group.runs[0], cache)
+        if group.whole_decode is not None:
+            return self._decode(q_TKGd, group.whole_decode, cache)
+        if group.whole_run is not None:
+            return self._run(q_TKGd, kv_THd, group.whole_run, cache)
         out_TN = q_TKGd.new_empty(q_TKGd.shape[0], self._num_heads * self._head_dim)
         for decode in group.decode:
             out_TN[decode.rows] = self._decode(q_TKGd[decode.rows], decode, cache)

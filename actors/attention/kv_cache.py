@@ -62,6 +62,7 @@ def plan_pages(
     longest_pages = _num_pages(max_model_len, page_tokens)
     if _request_bytes(config, page_tokens, max_model_len, global_bytes, chunked_bytes) <= budget_bytes:
         global_pages = max(global_pages, longest_pages)
+    global_pages = min(global_pages, (budget_bytes - chunked_bytes) // global_bytes)
     chunked_pages = (budget_bytes - global_pages * global_bytes) // chunked_bytes
     return PagePools(page_tokens=page_tokens, global_pages=global_pages, chunked_pages=chunked_pages)
 

@@ -80,6 +80,17 @@ class GroupInputs:
     decode: tuple[DecodeGroup, ...]
     runs: tuple[Run, ...]
 
+    @property
+    def whole_decode(self) -> DecodeGroup | None:
+        """The decode group that is all rows in their order, if there is one: its result is the step's."""
+        alone = len(self.decode) == 1 and not self.runs and isinstance(self.decode[0].rows, slice)
+        return self.decode[0] if alone else None
+
+    @property
+    def whole_run(self) -> Run | None:
+        """The run that is all rows, if there is one."""
+        return self.runs[0] if len(self.runs) == 1 and not self.decode else None
+
 
 def bottom_right_mask(num_queries: int, num_keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[Q, L] of 0 and -inf: the last query sees every key, each one before it one key less."""

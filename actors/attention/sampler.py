@@ -173,7 +173,7 @@ class Sampler:
         copied = None
         if self._device.type == "cuda":
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record()
+            copied.record(torch.cuda.current_stream(self._device))  # not the stream of whichever device is current
         return SampledBatch(
             token_ids_B=token_ids_B,
             request_idxs=self._batch_idxs,

@@ -13,7 +13,7 @@ from torch import Tensor
 from actors.dispatch.contract import ExpertCompute, RoutingTable
 from actors.dispatch.group import EpochGroup, Transfer
 from actors.dispatch.layout import Membership, StepLayout, lay_out_step, order_destinations
-from actors.dispatch.rows import PADDING_SLOT, SLOT_BITS, SLOT_MASK, Chooser, RowBuffer, TokenShape
+from actors.dispatch.rows import RowBuffer, TokenShape, make_placer, scale_rows
 from actors.dispatch.transport import Message
 
 INLINE_BYTES = {"cpu": 256 * 1024, "cuda": 4 * 1024 * 1024}
@@ -27,7 +27,7 @@ class CollectiveReceipt:
     """Which result row belongs to each (token, k), and how many rows each destination got if they were counted."""
 
     layer_idx: int
-    result_rows_N: Tensor
+    place_N: Tensor
     counts: tuple[int, ...]
 
 
@@ -35,21 +35,30 @@ class _Frame:
     """A step's layout with its messages as views of the buffers. Steps of the same token counts share one."""
 
     def __init__(
-        self, tokens_of_rank: tuple[int, ...], layout: StepLayout, num_destinations: int, buffers: Sequence[RowBuffer]
+        self,
+        tokens_of_rank: tuple[int, ...],
+        layout: StepLayout,
+        peers_of_layer: Sequence[Sequence[tuple[int, int]]],
+        buffers: Sequence[RowBuffer],
+        results_RD: Tensor,
     ) -> None:
         self.tokens_of_rank = tokens_of_rank
         self.layout = layout
         n = layout.block_rows
-        device = buffers[0].words_NW.device
-        self.blocks = [[b.words_NW[d * n : (d + 1) * n] for d in range(num_destinations)] for b in buffers]
+
+        def blocks(rows: Tensor, layer_idx: int) -> list[Message]:
+            return [(rank, rows[d * n : (d + 1) * n]) for d, rank in peers_of_layer[layer_idx]]
+
+        layers = range(len(peers_of_layer))
+        self.sends = [blocks(buffers[i % len(buffers)].words_NW, i) for i in layers]
+        self.awaited = [blocks(results_RD, i) for i in layers]
+        num_counted = len(layout.counted_sources)
+        self.headers_in = [results_RD.new_zeros(num_counted, dtype=torch.int64) for _ in buffers]
         self.arrivals: list[list[Message]] = [
-            [(s.rank, b.words_NW[s.start : s.start + s.num_rows]) for s in layout.fixed_sources] for b in buffers
+            [(s.rank, b.words_NW[s.start : s.start + s.num_rows]) for s in layout.fixed_sources]
+            + [(s.rank, headers[i : i + 1]) for i, s in enumerate(layout.counted_sources)]
+            for b, headers in zip(buffers, self.headers_in, strict=True)
         ]
-        self.headers_out = torch.zeros(num_destinations, dtype=torch.int64, device=device)
-        self.headers_in = [torch.zeros(len(layout.counted_sources), dtype=torch.int64, device=device) for _ in buffers]
-        for arrivals, headers in zip(self.arrivals, self.headers_in, strict=True):
-            arrivals += [(s.rank, headers[i : i + 1]) for i, s in enumerate(layout.counted_sources)]
-        self.block_starts_P = torch.arange(num_destinations, device=device) * n
 
 
 class CollectiveDispatch:
@@ -88,7 +97,7 @@ class CollectiveDispatch:
         limit_bytes = INLINE_BYTES[shape.device.type] if inline_bytes is None else inline_bytes
         self._inline_rows = limit_bytes // shape.row_bytes
         self._layers = routing.layers
-        self._chooser = Chooser(routing, self._members.destinations, group.rank)
+        self._placer = make_placer(routing, self._members.destinations, group.rank, shape.device)
         holders = [set(ranks_ER.flatten().tolist()) for ranks_ER in routing.ranks_MER]
         self._serves = [group.rank in ranks for ranks in holders]
         # (destination's number, its rank) of every other rank that holds slots of a layer
@@ -141,15 +150,15 @@ class CollectiveDispatch:
         layout = self._layout
         if layout.own_rows == 0:
             return CollectiveReceipt(layer_idx, expert_ids_TK.flatten(), ())
-        key_N, order_N = self._chooser.sort(layer_idx, expert_ids_TK)
-        rows_ND = _scaled_rows(x_TD, scores_TK, order_N)
+        buffer = self._buffer(layer_idx)
+        rows_ND = scale_rows(x_TD, scores_TK)
+        place_N, first_P = self._placer.place(layer_idx, expert_ids_TK, rows_ND, buffer, layout.block_rows)
+        counts: tuple[int, ...] = ()
         if layout.own_fixed:
-            counts: tuple[int, ...] = ()
-            row_N = self._send_fixed(layer_idx, key_N, rows_ND)
+            self._post_rows(layer_idx, self._current.sends[layer_idx], counts)
         else:
-            counts = self._send_counted(layer_idx, key_N, rows_ND)
-            row_N = self._chooser.counter(layout.own_rows)
-        return CollectiveReceipt(layer_idx, torch.empty_like(order_N).scatter_(0, order_N, row_N), counts)
+            counts = self._send_counted(layer_idx, first_P, buffer)
+        return CollectiveReceipt(layer_idx, place_N, counts)
 
     def combine(self, receipt: CollectiveReceipt) -> Tensor:
         """Serves this rank's own experts, then waits for the results: y_TD in the shape's dtype."""
@@ -165,44 +174,20 @@ class CollectiveDispatch:
             transfer.wait()
         self._leaving.clear()
         self._is_open, self._next_idx = False, layer_idx + 1
-        y_ND = self._results_RD.index_select(0, receipt.result_rows_N)
+        y_ND = self._results_RD.index_select(0, receipt.place_N)
         K = self._shape.experts_per_token
         return y_ND if K == 1 else y_ND.view(-1, K, self._shape.hidden).sum(1)
 
     # --- sending -----------------------------------------------------------------------------------------------------
 
-    def _send_fixed(self, layer_idx: int, key_N: Tensor, rows_ND: Tensor) -> Tensor:
-        """Puts the sorted rows into blocks by destination and posts them. Returns the row of the buffer of each."""
-        frame, buffer = self._current, self._buffer(layer_idx)
-        num_rows, out_rows = frame.layout.own_rows, frame.layout.out_rows
-        row_N = self._chooser.counter(num_rows)
-        if num_rows == out_rows:  # one destination: nothing to pad
-            buffer.slots_N[:num_rows] = key_N & SLOT_MASK
-            buffer.x_ND[:num_rows] = rows_ND
-        else:
-            shift_P = frame.block_starts_P - self._chooser.starts(key_N)
-            row_N = row_N + shift_P.index_select(0, key_N >> SLOT_BITS)
-            buffer.slots_N[:out_rows] = PADDING_SLOT
-            buffer.slots_N.index_copy_(0, row_N, key_N & SLOT_MASK)
-            buffer.x_ND.index_copy_(0, row_N, rows_ND)
-        blocks = frame.blocks[layer_idx % len(self._buffers)]
-        self._post_rows(layer_idx, [(rank, blocks[d]) for d, rank in self._peers[layer_idx]], ())
-        return row_N
-
-    def _send_counted(self, layer_idx: int, key_N: Tensor, rows_ND: Tensor) -> tuple[int, ...]:
-        """Posts the counts, then the sorted rows as they lie. Returns the rows of each destination."""
-        frame, buffer = self._current, self._buffer(layer_idx)
-        num_rows = frame.layout.own_rows
-        buffer.slots_N[:num_rows] = key_N & SLOT_MASK
-        buffer.x_ND[:num_rows] = rows_ND
-        starts_P = self._chooser.starts(key_N)
-        counts_P = torch.diff(starts_P, append=starts_P.new_tensor([num_rows]))
-        frame.headers_out.copy_(counts_P)
+    def _send_counted(self, layer_idx: int, first_P: Tensor, buffer: RowBuffer) -> tuple[int, ...]:
+        """Posts the counts, then the rows as they lie, sorted by destination. Returns the counts."""
+        peers = self._peers[layer_idx]
+        counts_P = torch.diff(first_P, append=first_P.new_tensor([self._layout.own_rows]))
         self._group.synchronize()
         counts = tuple(counts_P.tolist())
-        headers = [(rank, frame.headers_out[d : d + 1]) for d, rank in self._peers[layer_idx]]
-        self._counted_sends = _slices(buffer.words_NW, counts, self._peers[layer_idx])
-        self._post_rows(layer_idx, headers, counts)
+        self._counted_sends = _slices(buffer.words_NW, counts, peers)
+        self._post_rows(layer_idx, [(rank, counts_P[d : d + 1]) for d, rank in peers], counts)
         if not self._members.is_expert:  # else they go together with what this rank receives, in `_serve`
             self._leaving.append(self._group.post(self._counted_sends, (), layer_idx * TAGS + COUNTED_ROWS))
             self._counted_sends = []
@@ -223,10 +208,9 @@ class CollectiveDispatch:
         layout, peers = self._layout, self._peers[layer_idx]
         if layout.own_rows == 0:
             return []
-        if not layout.own_fixed:
-            return _slices(self._results_RD, counts, peers)
-        n = layout.block_rows
-        return [(rank, self._results_RD[d * n : (d + 1) * n]) for d, rank in peers]
+        if layout.own_fixed:
+            return self._current.awaited[layer_idx]
+        return _slices(self._results_RD, counts, peers)
 
     # --- serving -----------------------------------------------------------------------------------------------------
 
@@ -326,7 +310,7 @@ class CollectiveDispatch:
             buffer.reserve(layout.capacity_rows)
         if layout.out_rows > self._results_RD.shape[0]:
             self._results_RD = self._results_RD.new_empty(1 << (layout.out_rows - 1).bit_length(), self._shape.hidden)
-        return _Frame(tokens_of_rank, layout, len(self._members.destinations), self._buffers)
+        return _Frame(tokens_of_rank, layout, self._peers, self._buffers, self._results_RD)
 
     def _enter(self, layer: int, x_TD: Tensor) -> int:
         if self._is_open or self._next_idx >= len(self._layers) or self._layers[self._next_idx] != layer:
@@ -338,14 +322,6 @@ class CollectiveDispatch:
                 f"expected [{num_tokens}, {shape.hidden}] of {shape.dtype}, got {list(x_TD.shape)} of {x_TD.dtype}"
             )
         return self._next_idx
-
-
-def _scaled_rows(x_TD: Tensor, scores_TK: Tensor, order_N: Tensor) -> Tensor:
-    """Rows in the order they are sent, each its token times its score."""
-    K = scores_TK.shape[1]
-    if K == 1:
-        return (x_TD * scores_TK).index_select(0, order_N)
-    return x_TD.index_select(0, order_N // K) * scores_TK.flatten().index_select(0, order_N)[:, None]
 
 
 def _slices(rows: Tensor, counts: tuple[int, ...], peers: list[tuple[int, int]]) -> list[Message]:

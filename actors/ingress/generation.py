@@ -55,11 +55,12 @@ class AnswerText:
         self._answer_idx = answer_idx
         self._detokenizer = Detokenizer(tokenizer.backend, spec.stop, tokenizer.skip_ids)
         self._has_stop = bool(spec.stop)
+        self._min_tokens = spec.sampling[0].min_tokens  # the same for all prompts
         self.stopped = False
 
     def delta(self, event: TokenEvent) -> Delta:
         """The event's tokens and the text that they complete. Errors have been raised before (`mailbox.py`)."""
-        tokens, text = self._push(event.tokens)
+        tokens, text = self._push(event.token_index, event.tokens)
         finish_reason = event.finish_reason
         if self.stopped:
             finish_reason = "stop"
@@ -70,12 +71,12 @@ class AnswerText:
             finish_reason=finish_reason,
         )  # fmt: skip
 
-    def _push(self, tokens: tuple[SampledToken, ...]) -> tuple[tuple[SampledToken, ...], str]:
+    def _push(self, token_index: int, tokens: tuple[SampledToken, ...]) -> tuple[tuple[SampledToken, ...], str]:
         if not self._has_stop:
             return tokens, self._detokenizer.push([token.token_id for token in tokens]).text
         text = ""
         for i, token in enumerate(tokens):
-            news = self._detokenizer.push([token.token_id])
+            news = self._detokenizer.push([token.token_id], may_stop=token_index + i >= self._min_tokens)
             text += news.text
             if news.stopped:
                 self.stopped = True

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from actors.errors import CheckpointError, RequestError
 from actors.ingress.chat_template import ChatTemplate
+from actors.ingress.detokenizer import token_bytes
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -75,16 +76,8 @@ class TextTokenizer:
         return num_chars // self._longest_token_bytes
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes one token stands for; those of its spelling for a control token; none for an unused id."""
-        piece = self.backend.id_to_token(token_id)
-        if piece is None:
-            return b""
-        if token_id in self.skip_ids:
-            return piece.encode()
-        try:
-            return bytes(_BYTE_OF_CHAR[char] for char in piece)
-        except KeyError:  # not a byte-level vocabulary
-            return piece.encode()
+        """The bytes one token stands for; for a control token, of its spelling; none for an id without a token."""
+        return token_bytes(self.backend, token_id)
 
     def _encode_text(self, text: str) -> list[int]:
         ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
@@ -120,13 +113,3 @@ def _read_template(directory: Path, tokenizer: TextTokenizer) -> ChatTemplate | 
 def _content(token: Any) -> str:
     """A token of tokenizer_config.json, which is a string or an AddedToken as a dict."""
     return str(token["content"] if isinstance(token, dict) else token)
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's byte-level alphabet: printable Latin-1 stands for itself, the other bytes for U+0100 and up, in order."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF_CHAR = _byte_level_alphabet()

@@ -89,8 +89,9 @@ class RouterDeployment:
     """Checks the checkpoint before anything is placed, then starts the router, which brings up the ranks."""
 
     def __init__(self, pipeline: dict[str, Any]) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
         config = PipelineConfig.parse(pipeline)
-        directory = resolve_model_directory(config.model)
+        directory = resolve_model_directory(config.model, with_weights=config.load == "checkpoint")
         model = read_model_config(directory)
         if config.load == "checkpoint":
             validate_checkpoint(directory)

@@ -86,7 +86,7 @@ class RankPlanner:
         state.phase = Phase.RUNNING
         state.rank = self.rank
         state.request_idx = heapq.heappop(self._free_idxs)
-        state.computed = state.turn_at = 0
+        state.computed = 0
         self.running.append(state)
         self.prefilling.append(state)
         self._admitted.append(

@@ -40,7 +40,7 @@ class RequestState:
     phase: Phase = Phase.QUEUED
     rank: int = -1  # where it runs or ran last
     request_idx: int = -1  # its name there; kept until the next admission, since late tokens still carry it
-    last_step: int = -1  # last step that decoded it while decodes had to take turns
+    last_turn: int = 0  # when it last decoded while decodes had to take turns; these numbers are all different
     turn_at: int = 0  # the decode that starts here needs a page, ends a chunk or is the last one
     piece_tokens: int = 0  # prompt tokens given to it in the plan being made
     piece_pages: int = 0  # pages of each group granted with them

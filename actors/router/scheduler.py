@@ -81,6 +81,7 @@ class Scheduler:
         self._live: dict[str, RequestState] = {}
         self._events_due: list[OwnedEvent] = []  # of requests that ended where no events are returned
         self._num_steps = 0
+        self._num_turns = 0
         self._step_tokens = self._step_requests = 0
         self._computed_tokens = self._sampled_tokens = self._num_preemptions = 0
         self._max_request_tokens = limits.max_model_len  # what the ranks of the latest epoch can hold
@@ -235,10 +236,11 @@ class Scheduler:
         )
         num_turns = self.limits.max_num_batched_tokens - (self._prompt_reserve() if prompts_wait else 0)
         everyone = [state for states in decoding.values() for state in states]
-        everyone.sort(key=lambda state: state.last_step)
+        everyone.sort(key=lambda state: state.last_turn)
         chosen = set(everyone[:num_turns])
-        for state in chosen:
-            state.last_step = self._num_steps
+        for state in everyone[:num_turns]:
+            self._num_turns += 1
+            state.last_turn = self._num_turns
         return {rank: [state for state in states if state in chosen] for rank, states in decoding.items()}
 
     def _plan_prompts(self, num_left: int) -> None:

@@ -257,7 +257,8 @@ class Router:
         log.warning("epoch %d is over: %s", self._machine.epoch_number, problem)
         self._epoch = None
         self._in_flight.clear()
-        self._emit(self._scheduler.fail_all(_unavailable(problem)))
+        # Clients need no more than that: what was lost, and where, is in the log.
+        self._emit(self._scheduler.fail_all(_unavailable("the pipeline lost a rank and is recovering")))
         self._flush()
         self._tell_ingresses(self.status())
 

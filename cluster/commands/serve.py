@@ -243,9 +243,9 @@ def _health(url: str) -> tuple[bool, str]:
         return False, "starting"
     if response.status_code == 200:
         return True, "ready"
-    kind = response.headers.get("content-type", "")
-    detail = response.json() if "json" in kind else {}
-    return False, f"not ready: {detail.get('detail', f'HTTP status {response.status_code}')}"
+    if "json" not in response.headers.get("content-type", ""):
+        return False, "starting"  # Serve's own answer, while the application does not run yet
+    return False, f"not ready: {response.json()['error']['message']}"
 
 
 def _reachable(host: str) -> str:

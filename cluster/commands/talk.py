@@ -4,6 +4,7 @@ Owns what a person sees. The wires are `clients.py`'s.
 """
 
 import time
+import unicodedata
 from collections.abc import Sequence
 from contextlib import closing
 
@@ -73,7 +74,7 @@ def say(client: ChatClient, messages: Sequence[Message], options: Options, conso
         try:
             for last in pieces:
                 texts.append(last.text)
-                console.print(last.text, end="", markup=False, soft_wrap=True)
+                console.print(printable(last.text), end="", markup=False, soft_wrap=True)
         except KeyboardInterrupt:
             console.print(" [dim](ended)[/dim]", end="")
     elapsed_s = time.monotonic() - began_s
@@ -84,6 +85,11 @@ def say(client: ChatClient, messages: Sequence[Message], options: Options, conso
     else:
         console.print()
     return "".join(texts), last.num_tokens
+
+
+def printable(text: str) -> str:
+    """The text with control characters replaced: a model's output must not steer the terminal."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _next_question(console: Console) -> str | None:

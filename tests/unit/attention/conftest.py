@@ -65,9 +65,7 @@ def _make_case(directory: Path, shape: ModelShape, options: dict[str, object]) -
     import transformers
 
     make_model(directory, shape, seed=7, **options)  # type: ignore[arg-type]
-    model = transformers.Llama4ForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager"
-    )
+    model = transformers.Llama4ForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
     draw = random.Random(5)
     prompts = tuple(tuple(draw.randrange(shape.base_vocab) for _ in range(NUM_IDS)) for _ in range(3))
     with torch.inference_mode():
@@ -149,7 +147,7 @@ class PoisoningRouter:
         )  # fmt: skip
 
     def _free_behind(self, held: _Held) -> None:
-        for j in range(held.done - held.done % CHUNK) [:: self._size]:
+        for j in range(held.done - held.done % CHUNK)[:: self._size]:
             self._free_chunked_page(held, j // self._size)
 
     def _free_chunked_page(self, held: _Held, j: int) -> None:

@@ -36,7 +36,9 @@ def test_one_token_at_a_time(make_case: Callable, variant: str) -> None:
 @variants
 @relaxed
 @given(data=st.data())
-def test_any_split_into_prefill_chunks(make_case: Callable, variant: str, page_tokens: int, data: st.DataObject) -> None:
+def test_any_split_into_prefill_chunks(
+    make_case: Callable, variant: str, page_tokens: int, data: st.DataObject
+) -> None:
     case = make_case(variant)
     sizes = []
     while sum(sizes) < 70:
@@ -45,7 +47,9 @@ def test_any_split_into_prefill_chunks(make_case: Callable, variant: str, page_t
     assert (ours - case.logits[1]).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("options", [{"config_style": "old"}, {"prefix": True}, {"config_style": "old", "prefix": True}])
+@pytest.mark.parametrize(
+    "options", [{"config_style": "old"}, {"prefix": True}, {"config_style": "old", "prefix": True}]
+)
 @pytest.mark.parametrize("variant", ["maverick", "scout"])
 def test_other_spellings_are_the_same_model(make_case: Callable, variant: str, options: dict[str, object]) -> None:
     case, respelt = make_case(variant), make_case(variant, **options)
@@ -83,6 +87,19 @@ def test_long_decode_batch_of_unequal_contexts(make_case: Callable, poisoning_ro
         assert router.step([(i, 1 + 5 * i)]) < TOLERANCE
     while router.running:
         assert router.step([(i, 1) for i in router.running]) < TOLERANCE
+
+
+@variants
+def test_decode_rows_whose_chunks_have_another_order(
+    make_case: Callable, poisoning_router: Callable, variant: str
+) -> None:
+    """Row order follows the whole context; inside chunks of 16, position 32 reads fewer keys than 22 or 9."""
+    case = make_case(variant)
+    router = poisoning_router(case, case.load(), 4)
+    for start in (9, 32, 22):
+        router.admit(0, start + 1)
+    assert router.step([(0, 9), (1, 32), (2, 22)]) < TOLERANCE
+    assert router.step([(0, 1), (1, 1), (2, 1)]) < TOLERANCE
 
 
 def test_bfloat16_stays_near(make_case: Callable) -> None:

@@ -46,7 +46,9 @@ async def test_openai_client_chat_whole_and_streamed(serve: Serve, saying: Calla
 
         text, reasons, usages = "", [], []
         async for chunk in await client.chat.completions.create(
-            **CHAT, stream=True, stream_options={"include_usage": True}  # type: ignore[arg-type]
+            **CHAT,
+            stream=True,
+            stream_options={"include_usage": True},  # type: ignore[arg-type]
         ):
             usages.append(chunk.usage)
             for choice in chunk.choices:
@@ -79,7 +81,7 @@ async def test_openai_client_completions_with_several_prompts(serve: Serve, sayi
 
 async def test_logprobs_and_token_ids_in_both_shapes(serve: Serve, saying: Callable[[str], Any]) -> None:
     async with serve(saying("Hi é")) as service:
-        ids = list(service.tokenizer.encode_prompt("Hi é")[1:]) + [service.tokenizer.control_ids["<|eot|>"]]
+        ids = [*service.tokenizer.encode_prompt("Hi é")[1:], service.tokenizer.control_ids["<|eot|>"]]
         ask = {"return_token_ids": True, "logprobs": True, "top_logprobs": 2}
         chat = (await service.http.post("/v1/chat/completions", json={**CHAT, **ask})).json()
         choice = chat["choices"][0]
@@ -98,7 +100,9 @@ async def test_logprobs_and_token_ids_in_both_shapes(serve: Serve, saying: Calla
         logprobs = legacy["logprobs"]
         assert logprobs["token_logprobs"] == [LOGPROB] * len(ids)
         assert logprobs["text_offset"][:2] == [0, len(logprobs["tokens"][0])]
-        assert all(top[token] == LOGPROB for top, token in zip(logprobs["top_logprobs"], logprobs["tokens"], strict=True))
+        assert all(
+            top[token] == LOGPROB for top, token in zip(logprobs["top_logprobs"], logprobs["tokens"], strict=True)
+        )
 
         for path, body in (("chat/completions", {**CHAT, "logprobs": True}), ("completions", {**COMPLETION, **ask})):
             body |= {"stream": True, "return_token_ids": True}
@@ -146,6 +150,15 @@ async def test_stop_texts_end_an_answer_and_cancel_it_behind(serve: Serve, token
         assert "three" in tokenizer.backend.decode(choice["token_ids"])
         assert "four" not in tokenizer.backend.decode(choice["token_ids"])
         await service.router.until(lambda: service.router.cancelled == [request.request_id])
+
+
+async def test_stop_texts_do_not_count_before_min_tokens(serve: Serve, saying: Callable[[str], Any]) -> None:
+    async with serve(saying("no no no yes no no")) as service:
+        ids = service.tokenizer.encode_prompt("no no no yes no no")[1:]
+        until_yes = next(i for i in range(len(ids)) if "yes" in service.tokenizer.backend.decode(ids[:i]))
+        body = {**COMPLETION, "stop": "no", "min_tokens": until_yes}
+        choice = (await service.http.post("/v1/completions", json=body)).json()["choices"][0]
+        assert (choice["text"], choice["finish_reason"]) == ("no no no yes ", "stop")
 
 
 BAD = [

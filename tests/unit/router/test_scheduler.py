@@ -210,6 +210,16 @@ def test_prompts_that_do_not_fit_together_are_admitted_one_after_the_other() -> 
     assert not driver.plans[0][0].admitted[1:]
 
 
+def test_admission_counts_the_chunk_pages_that_running_prompts_still_need() -> None:
+    for chunked_pages, num_admitted in ((3, 1), (4, 2)):
+        driver = make_driver(chunk_tokens=8, chunked_pages=chunked_pages, max_num_batched_tokens=6)
+        driver.submit(8, 2)
+        driver.submit(8, 2)
+        plan = plan_of(driver)
+        assert len(plan.admitted) == num_admitted
+        driver.run()
+
+
 def test_a_watermark_stays_free_at_admissions() -> None:
     for watermark_fraction, num_admitted in ((0.0, 2), (0.25, 1)):
         driver = make_driver(pages=4, watermark_fraction=watermark_fraction)
@@ -243,14 +253,20 @@ def test_the_youngest_is_preempted_and_computed_again_from_all_its_tokens() -> N
 
 
 def test_a_preempted_request_waits_for_its_tokens_in_flight() -> None:
-    """Its rank's pages are free again before they are back: it could be admitted, without knowing its own tokens."""
+    """Another rank has room for it at once, but nobody could tell that rank its newest token."""
     driver = make_driver(pages=5, num_ranks=2)
     driver.submit(7, 20)
-    driver.submit(3, 1)
-    driver.submit(7, 20)
+    driver.submit(15, 1)
+    victim = driver.clients[driver.submit(7, 20)]
+    driver.schedule()  # the first and third on rank 0; the second leaves rank 1 empty again
     driver.schedule()
-    homes = [plan.admitted for plan in driver.plans[0].values()]
-    assert [len(home) for home in homes] == [1, 2]
+    driver.deliver_step()
+    driver.schedule()  # position 8: one page for two
+    assert driver.plans[2][0].released == (1,)
+    assert not driver.plans[2][1].admitted
+    driver.deliver_step()
+    driver.schedule()
+    assert [list(admission.output_ids) for admission in driver.plans[3][1].admitted] == [victim.expected[:2]]
     driver.run()
 
 
@@ -334,13 +350,25 @@ def test_decodes_beyond_the_budget_take_turns_and_leave_room_to_prompts(budget: 
     driver.run()
 
 
-def test_requests_go_to_the_rank_with_most_free_pages_and_share_the_budget() -> None:
+def test_requests_go_to_the_rank_with_most_free_pages() -> None:
     driver = make_driver(num_ranks=2, max_num_batched_tokens=16)
     for num_prompt in (40, 24, 30, 4):
         driver.submit(num_prompt, 2)
     driver.schedule()
     first = driver.plans[0]
     assert [len(plan.admitted[0].prompt_ids) for plan in first.values()] == [40, 24]
+    driver.run()
+    prompts = [[len(a.prompt_ids) for plans in driver.plans for a in plans[rank].admitted] for rank in (0, 1)]
+    assert prompts == [[40, 4], [24, 30]]
+
+
+def test_ranks_share_the_budget_whoever_has_more_prompts() -> None:
+    """Ranks run in lock-step: the one with most tokens sets the pace."""
+    driver = make_driver(num_ranks=2, max_num_batched_tokens=16)
+    for num_prompt in (60, 60, 50):
+        driver.submit(num_prompt, 2)
+    driver.schedule()
+    assert [len(plan.admitted) for plan in driver.plans[0].values()] == [2, 1]
     driver.deliver_step()
     driver.schedule()
     tokens = [sum(work.num_tokens for work in plan.work) for plan in driver.plans[1].values()]

@@ -1,0 +1,124 @@
+"""The YAML that operators start from, against the schemas of those who read it: Serve, Ray's autoscaler, and us."""
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.serve.schema import ServeDeploySchema
+
+from actors.checkpoint.config import ModelConfig
+from actors.checkpoint.shapes import SHAPES, shape_config
+from actors.config import IngressConfig, PipelineConfig
+from actors.errors import ConfigError
+from cluster.hardware import parse_machines
+from cluster.layout import resolve
+
+ROOT = Path(__file__).parents[3]
+DEPLOY = sorted((ROOT / "deploy").glob("*.yaml"))
+CLUSTER = sorted((ROOT / "cluster").glob("*.yaml"))
+SCOUT = shape_config(SHAPES["scout"])
+MAVERICK_FP8 = shape_config(SHAPES["maverick"], experts="fp8")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    values: dict[str, Any] = yaml.safe_load(path.read_text())
+    return values
+
+
+def _pipeline(name: str) -> PipelineConfig:
+    return PipelineConfig.parse(_read(ROOT / "deploy" / name)["applications"][0]["args"]["pipeline"])
+
+
+def test_the_files_are_there() -> None:
+    assert {p.name for p in DEPLOY} == {"local.yaml", "scout.yaml", "maverick.yaml", "maverick-4xh200.yaml"}
+    assert {p.name for p in CLUSTER} == {"local.yaml", "aws.yaml", "gcp.yaml"}
+
+
+@pytest.mark.parametrize("path", DEPLOY, ids=lambda p: p.name)
+def test_deploy_files_fit_the_schemas(path: Path) -> None:
+    values = _read(path)
+    schema = ServeDeploySchema.model_validate(values)
+    assert set(values) <= set(ServeDeploySchema.model_fields)  # Serve itself lets unknown keys pass
+    (application,) = schema.applications
+    assert (application.name, application.import_path) == ("corral", "actors.app:build")
+    assert set(application.args) <= {"pipeline", "ingress"}
+    PipelineConfig.parse(application.args["pipeline"])
+    IngressConfig.parse(application.args.get("ingress", {}))
+
+
+@pytest.mark.parametrize("path", DEPLOY, ids=lambda p: p.name)
+def test_servicers_of_deploy_files_can_be_imported(path: Path) -> None:
+    functions = _read(path)["grpc_options"]["grpc_servicer_functions"]
+    for function in functions:
+        module, _, name = function.rpartition(".")
+        assert callable(getattr(__import__(module, fromlist=[name]), name))
+    assert [function.rpartition(".")[2] for function in functions] == ["add_inference", "add_health"]
+
+
+def test_an_unknown_key_of_a_pipeline_is_refused() -> None:
+    pipeline = _read(ROOT / "deploy" / "local.yaml")["applications"][0]["args"]["pipeline"]
+    with pytest.raises(ConfigError, match="max_modle_len"):
+        PipelineConfig.parse(pipeline | {"max_modle_len": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "machines", "layout"),
+    [
+        ("local.yaml", shape_config(SHAPES["tiny"]), "cpu", "single"),
+        ("scout.yaml", SCOUT, "2xH200", "colocated 2"),
+        ("maverick.yaml", MAVERICK_FP8, "2x8xH200", "4A+12E"),
+        ("maverick-4xh200.yaml", MAVERICK_FP8, "4xH200", "colocated 4"),
+    ],
+)
+def test_deploy_files_fit_the_machines_that_they_name(
+    name: str, model: ModelConfig, machines: str, layout: str
+) -> None:
+    assert str(resolve(_pipeline(name), model, parse_machines(machines)).split) == layout
+
+
+@pytest.mark.parametrize("path", CLUSTER, ids=lambda p: p.name)
+def test_cluster_files_fit_the_autoscalers_schema(path: Path) -> None:
+    config = prepare_config(_read(path))
+    validate_config(config)
+    for key, name in (("setup_commands", "install"), ("head_start_ray_commands", "head"),
+                      ("worker_start_ray_commands", "worker")):  # fmt: skip
+        assert any(f"node.sh {name}" in command for command in config[key]), key
+
+
+@pytest.mark.parametrize("path", CLUSTER, ids=lambda p: p.name)
+def test_cluster_files_carry_what_the_package_needs(path: Path) -> None:
+    mounts = _read(path)["file_mounts"]
+    assert all((ROOT / source).exists() for source in mounts.values() if not source.startswith("~"))
+    project = (ROOT / "pyproject.toml").read_text()
+    needed = {"actors", "cluster", "protos", "deploy", "pyproject.toml", "README.md"}
+    assert needed <= set(mounts.values()) and 'readme = "README.md"' in project
+
+
+def test_nodes_start_ray_with_token_and_health_checks_and_without_usage_reports() -> None:
+    script = (ROOT / "cluster" / "node.sh").read_text()
+    for setting in ("RAY_AUTH_MODE=token", "RAY_USAGE_STATS_ENABLED=0", "--disable-usage-stats",
+                    "RAY_SERVE_ENABLE_HA_PROXY=1", "RAY_health_check_failure_threshold=3"):  # fmt: skip
+        assert setting in script
+
+
+def test_a_node_without_the_token_is_told_so(tmp_path: Path) -> None:
+    script = ROOT / "cluster" / "node.sh"
+    result = subprocess.run(
+        ["bash", script, "run", "true"], env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
+        capture_output=True, text=True, check=False, timeout=20,
+    )  # fmt: skip
+    assert result.returncode != 0 and "ray-token is missing" in result.stderr
+    token = tmp_path / ".corral" / "ray-token"
+    token.parent.mkdir()
+    token.write_text("secret")
+    show = 'echo "$RAY_AUTH_MODE $RAY_AUTH_TOKEN_PATH ${RAY_ADDRESS:-no address}"'
+    result = subprocess.run(
+        ["bash", script, "run", "bash", "-c", show],
+        env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "RAY_ADDRESS": "elsewhere:1"},
+        capture_output=True, text=True, check=True, timeout=20,
+    )  # fmt: skip
+    assert result.stdout.split() == ["token", str(token), "no", "address"]
+    assert token.stat().st_mode & 0o077 == 0

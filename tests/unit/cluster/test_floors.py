@@ -1,0 +1,97 @@
+"""Floors against a table that was computed independently (a roofline of Maverick on 4 H200 by another program)."""
+
+import pytest
+
+from actors.checkpoint.shapes import SHAPES, shape_config
+from cluster.floors import Split, busiest_rank, decode, prefill, step_floor_s, tensor_parallel_floor_s
+from cluster.footprint import Footprint, Precision
+from cluster.hardware import H200, parse_machines
+
+MAVERICK = shape_config(SHAPES["maverick"], experts="fp8")
+SCOUT = shape_config(SHAPES["scout"])
+OFFICIAL = Footprint(model=MAVERICK, precision=Precision.of(MAVERICK))
+# Shared experts and dense layers in FP8 too: what requantizing at load would give.
+ALL_FFN = Footprint(model=MAVERICK, precision=Precision(routed_bytes=1, ffn_bytes=1, dense_bytes=2, kv_bytes=2))
+FOUR = parse_machines("4xH200")
+COLOCATED = Split(layout="colocated", attention_ranks=4, expert_ranks=4)
+DISAGGREGATED = Split(layout="disaggregated", attention_ranks=1, expert_ranks=3)
+
+
+@pytest.mark.parametrize(
+    ("footprint", "split", "milliseconds"),
+    [
+        (OFFICIAL, COLOCATED, {1: 7.18, 8: 8.93, 32: 13.9, 128: 25.6, 512: 40.9, 2048: 88.1}),
+        (ALL_FFN, COLOCATED, {1: 5.08, 8: 6.82, 32: 11.8, 128: 23.5, 512: 38.8, 2048: 82.9}),
+        (OFFICIAL, DISAGGREGATED, {1: 7.18, 8: 9.93, 32: 17.7, 128: 39.4, 512: 95.7}),
+        (ALL_FFN, DISAGGREGATED, {1: 5.08, 8: 7.83, 32: 15.6, 128: 37.2, 512: 90.6}),
+    ],
+)
+def test_decode_floors_of_maverick_on_4xh200(
+    footprint: Footprint, split: Split, milliseconds: dict[int, float]
+) -> None:
+    for batch, expected_ms in milliseconds.items():
+        assert step_floor_s(footprint, FOUR, split, decode(batch)) * 1e3 == pytest.approx(expected_ms, rel=0.03)
+
+
+def test_tensor_parallel_floors_for_comparison() -> None:
+    for batch, expected_ms in {1: 2.93, 8: 4.86, 32: 9.97, 128: 22.3, 512: 42.1}.items():
+        seconds = tensor_parallel_floor_s(OFFICIAL, H200, 4, decode(batch))
+        assert seconds * 1e3 == pytest.approx(expected_ms, rel=0.03)
+
+
+def test_prefill_floors_of_maverick_on_4xh200() -> None:
+    for chunk, expected in {512: 17_897, 2048: 51_946, 8192: 91_615, 16384: 104_976}.items():
+        rate = chunk / step_floor_s(OFFICIAL, FOUR, COLOCATED, prefill(chunk))
+        assert rate == pytest.approx(expected, rel=0.03)
+
+
+def test_scout_fp8_on_one_h200() -> None:
+    footprint = Footprint(model=SCOUT, precision=Precision(routed_bytes=1, ffn_bytes=1, dense_bytes=2, kv_bytes=2))
+    for batch, expected_ms in {1: 4.8, 8: 13.2, 32: 25.9, 128: 37.7}.items():
+        seconds = step_floor_s(footprint, parse_machines("H200"), Split(layout="single"), decode(batch))
+        assert seconds * 1e3 == pytest.approx(expected_ms, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("model", "params", "attention", "routed"),
+    [(MAVERICK, 400.71e9, 3_019_898_880, 386_547_056_640), (SCOUT, 107.77e9, 3_019_898_880, 96_636_764_160)],
+)
+def test_parameters_are_the_published_ones(model: object, params: float, attention: int, routed: int) -> None:
+    footprint = Footprint(model=model, precision=Precision.of(model))  # type: ignore[arg-type]
+    assert footprint.total_params == pytest.approx(params, rel=1e-4)
+    assert footprint.attention_params == attention
+    num_experts = len(footprint.model.moe_layers) * footprint.model.num_experts
+    assert num_experts * footprint.expert_params == routed
+
+
+def test_bytes_by_precision() -> None:
+    """Text part of the official FP8 checkpoint: 388.1 GiB with 1.7 GB of vision tower; bf16 is twice the parameters."""
+    assert OFFICIAL.total_bytes == pytest.approx(388.1 * 2**30 - 1.74e9, rel=0.001)
+    bf16 = Footprint(model=MAVERICK, precision=Precision.of(MAVERICK, "bfloat16"))
+    assert bf16.total_bytes == 2 * bf16.total_params
+    assert bf16.kv_bytes_per_token() == 192 * 1024
+    fp32 = Footprint(model=MAVERICK, precision=Precision.of(MAVERICK, "float32"))
+    assert fp32.total_bytes == 2 * bf16.total_bytes
+
+
+def test_the_busiest_rank_of_one_is_all_there_is() -> None:
+    one = busiest_rank(128, 64, 1)
+    assert one.tokens == 64
+    assert one.experts == pytest.approx(128 * (1 - (1 - 1 / 128) ** 64), rel=0.02)
+    assert busiest_rank(16, 1, 4).experts == 1
+
+
+def test_chunked_layers_read_no_more_than_their_chunk() -> None:
+    """Beyond the chunk only the 12 global layers of 48 read more: 4 KiB per layer and token."""
+    machines, split = parse_machines("H200"), Split(layout="single")
+    seconds = {c: step_floor_s(OFFICIAL, machines, split, decode(1, c)) for c in (8192, 16384, 24576)}
+    grown_s = seconds[24576] - seconds[16384]
+    assert grown_s == pytest.approx(8192 * 12 * 4096 / H200.memory_bytes_s, rel=1e-6)
+    assert seconds[16384] - seconds[8192] == pytest.approx(grown_s, rel=1e-6)
+
+
+def test_hosts_apart_cost_more() -> None:
+    split = Split(layout="disaggregated", attention_ranks=4, expert_ranks=4)
+    near = step_floor_s(OFFICIAL, parse_machines("8xH200"), split, decode(32))
+    far = step_floor_s(OFFICIAL, parse_machines("2x4xH200"), split, decode(32))
+    assert far > near
