@@ -4,8 +4,8 @@ Owns the admitted requests' sampling parameters and output counts, and the order
 presence and frequency penalties; logit_bias; min_tokens; temperature; top-k; top-p of what top-k left; min-p; draw.
 Knows nothing of layers, pages or plans. Nothing waits for the device but `SampledBatch.to_tokens`.
 
-A row whose largest logit is not finite (any NaN or +inf, or all -inf) has no distribution: it gets some valid id, and
-`to_tokens` logs it. It harms no other row; raising would end every request of the step.
+A row whose largest logit is not finite (any NaN or +inf, or all -inf) has no distribution: it gets the id of that
+maximum, NaN being above all, and `to_tokens` logs it. It harms no other row; raising would end all of the step.
 
 Shapes: B requests of a step, R of them in a group, V vocabulary.
 """

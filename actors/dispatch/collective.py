@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from actors.dispatch.contract import ExpertCompute, RoutingTable
+from actors.dispatch.frame import Frame, Peers, slices
 from actors.dispatch.group import EpochGroup, Transfer
 from actors.dispatch.layout import Membership, StepLayout, lay_out_step, order_destinations
 from actors.dispatch.rows import RowBuffer, TokenShape, make_placer, scale_rows
@@ -31,36 +32,6 @@ class CollectiveReceipt:
     counts: tuple[int, ...]
 
 
-class _Frame:
-    """A step's layout with its messages as views of the buffers. Steps of the same token counts share one."""
-
-    def __init__(
-        self,
-        tokens_of_rank: tuple[int, ...],
-        layout: StepLayout,
-        peers_of_layer: Sequence[Sequence[tuple[int, int]]],
-        buffers: Sequence[RowBuffer],
-        results_RD: Tensor,
-    ) -> None:
-        self.tokens_of_rank = tokens_of_rank
-        self.layout = layout
-        n = layout.block_rows
-
-        def blocks(rows: Tensor, layer_idx: int) -> list[Message]:
-            return [(rank, rows[d * n : (d + 1) * n]) for d, rank in peers_of_layer[layer_idx]]
-
-        layers = range(len(peers_of_layer))
-        self.sends = [blocks(buffers[i % len(buffers)].words_NW, i) for i in layers]
-        self.awaited = [blocks(results_RD, i) for i in layers]
-        num_counted = len(layout.counted_sources)
-        self.headers_in = [results_RD.new_zeros(num_counted, dtype=torch.int64) for _ in buffers]
-        self.arrivals: list[list[Message]] = [
-            [(s.rank, b.words_NW[s.start : s.start + s.num_rows]) for s in layout.fixed_sources]
-            + [(s.rank, headers[i : i + 1]) for i, s in enumerate(layout.counted_sources)]
-            for b, headers in zip(buffers, self.headers_in, strict=True)
-        ]
-
-
 class CollectiveDispatch:
     """Dispatch over the group of an epoch, which must be formed. One object per rank and epoch.
 
@@ -68,6 +39,9 @@ class CollectiveDispatch:
     `experts` computes for this rank's own slots; None if it holds none. A step runs all of `routing.layers` in order:
     a rank with tokens calls `begin_step`, then `dispatch` and `combine` for each layer; a rank without tokens calls
     `serve_step` alone, whatever its roles. A rank that is both computes its experts inside `combine`.
+
+    On CUDA the methods queue work and return; `EpochGroup.synchronize` must come before the host reads what follows from
+    it, and is where a lost peer is noticed. Routing table, tokens and experts are on the shape's device.
 
     Every method raises RankError when a peer fails or does not answer within the group's timeout; the group is closed
     then, and so are, in turn, those of the ranks that wait for this one. Raises ValueError where the caller breaks the
@@ -100,15 +74,14 @@ class CollectiveDispatch:
         self._placer = make_placer(routing, self._members.destinations, group.rank, shape.device)
         holders = [set(ranks_ER.flatten().tolist()) for ranks_ER in routing.ranks_MER]
         self._serves = [group.rank in ranks for ranks in holders]
-        # (destination's number, its rank) of every other rank that holds slots of a layer
-        self._peers = [
-            [(d, r) for d, r in enumerate(self._members.destinations) if r in ranks and r != group.rank]
+        self._peers: list[Peers] = [
+            tuple((d, r) for d, r in enumerate(self._members.destinations) if r in ranks and r != group.rank)
             for ranks in holders
         ]
         # Receives of the next layer are posted while this one computes: two buffers take turns.
         self._buffers = [RowBuffer(shape) for _ in range(2 if group.preposts and self._members.is_expert else 1)]
         self._results_RD = torch.empty(0, shape.hidden, dtype=shape.dtype, device=shape.device)
-        self._frame: _Frame | None = None
+        self._frame: Frame | None = None
         self._next_idx = 0
         self._is_open = False
         self._arriving: Transfer | None = None  # rows from other attention ranks
@@ -142,6 +115,7 @@ class CollectiveDispatch:
         for layer_idx in range(len(self._layers)):
             self._serve(layer_idx)
             self._next_idx = layer_idx + 1
+        self._group.synchronize()
 
     def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, scores_TK: Tensor, layer: int) -> CollectiveReceipt:
         """Sends each scaled token to its experts' ranks. Expects x_TD in the shape's dtype. See `Dispatch`."""
@@ -186,7 +160,7 @@ class CollectiveDispatch:
         counts_P = torch.diff(first_P, append=first_P.new_tensor([self._layout.own_rows]))
         self._group.synchronize()
         counts = tuple(counts_P.tolist())
-        self._counted_sends = _slices(buffer.words_NW, counts, peers)
+        self._counted_sends = slices(buffer.words_NW, counts, peers)
         self._post_rows(layer_idx, [(rank, counts_P[d : d + 1]) for d, rank in peers], counts)
         if not self._members.is_expert:  # else they go together with what this rank receives, in `_serve`
             self._leaving.append(self._group.post(self._counted_sends, (), layer_idx * TAGS + COUNTED_ROWS))
@@ -210,7 +184,7 @@ class CollectiveDispatch:
             return []
         if layout.own_fixed:
             return self._current.awaited[layer_idx]
-        return _slices(self._results_RD, counts, peers)
+        return slices(self._results_RD, counts, peers)
 
     # --- serving -----------------------------------------------------------------------------------------------------
 
@@ -255,6 +229,8 @@ class CollectiveDispatch:
                 if num_rows:
                     receives.append((source.rank, words_NW[at : at + num_rows]))
                 at += num_rows
+        if not receives and not self._counted_sends:
+            return counts
         transfer = self._group.post(self._counted_sends, receives, layer_idx * TAGS + COUNTED_ROWS)
         self._counted_sends = []
         if receives:
@@ -291,7 +267,7 @@ class CollectiveDispatch:
     # --- bookkeeping -------------------------------------------------------------------------------------------------
 
     @property
-    def _current(self) -> _Frame:
+    def _current(self) -> Frame:
         if self._frame is None:
             raise ValueError("no step was begun")
         return self._frame
@@ -303,14 +279,14 @@ class CollectiveDispatch:
     def _buffer(self, layer_idx: int) -> RowBuffer:
         return self._buffers[layer_idx % len(self._buffers)]
 
-    def _build_frame(self, tokens_of_rank: tuple[int, ...]) -> _Frame:
+    def _build_frame(self, tokens_of_rank: tuple[int, ...]) -> Frame:
         K = self._shape.experts_per_token
         layout = lay_out_step(self._members, tokens_of_rank, K, self._inline_rows)
         for buffer in self._buffers:
             buffer.reserve(layout.capacity_rows)
         if layout.out_rows > self._results_RD.shape[0]:
             self._results_RD = self._results_RD.new_empty(1 << (layout.out_rows - 1).bit_length(), self._shape.hidden)
-        return _Frame(tokens_of_rank, layout, self._peers, self._buffers, self._results_RD)
+        return Frame(tokens_of_rank, layout, self._peers, self._buffers, self._results_RD)
 
     def _enter(self, layer: int, x_TD: Tensor) -> int:
         if self._is_open or self._next_idx >= len(self._layers) or self._layers[self._next_idx] != layer:
@@ -322,9 +298,3 @@ class CollectiveDispatch:
                 f"expected [{num_tokens}, {shape.hidden}] of {shape.dtype}, got {list(x_TD.shape)} of {x_TD.dtype}"
             )
         return self._next_idx
-
-
-def _slices(rows: Tensor, counts: tuple[int, ...], peers: list[tuple[int, int]]) -> list[Message]:
-    """The rows of each peer where destinations lie close together, without those that have none."""
-    starts = [sum(counts[:d]) for d in range(len(counts))]
-    return [(rank, rows[starts[d] : starts[d] + counts[d]]) for d, rank in peers if counts[d]]

@@ -7,6 +7,7 @@ or of what the messages mean.
 import contextlib
 import os
 import time
+from collections import deque
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Protocol
@@ -123,6 +124,7 @@ class NcclTransport:
         options._timeout = timedelta(seconds=NO_TIMEOUT_S)
         self._device = device
         self._timeout_s = timeout_s
+        self._waited: deque[Any] = deque()  # an event after each wait: the timeout is of one wait, not of a step
         nccl: Any = ProcessGroupNCCL
         self._pg: Any = nccl(store, rank, world, options)
         # Communicators are made by their first operation, which all ranks must take part in: it belongs to joining.
@@ -144,25 +146,33 @@ class NcclTransport:
 
     def wait(self, work: Any) -> None:
         work.wait()
+        self._waited.append(self._mark())
 
     def synchronize(self) -> None:
         self._synchronize(self._timeout_s)
 
     def close(self) -> None:
+        self._waited.clear()
         pg, self._pg = self._pg, None
         if pg is not None:
             pg.abort()
 
     def _synchronize(self, timeout_s: float) -> None:
-        done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record(torch.cuda.current_stream(self._device))
-        start_s = time.monotonic()
-        while not done.query():
-            waited_s = time.monotonic() - start_s
-            if waited_s > timeout_s:
-                raise RuntimeError(f"the device was still waiting for a peer after {timeout_s} s")
-            if waited_s > SPIN_S:
-                time.sleep(POLL_S)
+        self._waited.append(self._mark())
+        while self._waited:
+            event = self._waited.popleft()
+            start_s = time.monotonic()
+            while not event.query():
+                waited_s = time.monotonic() - start_s
+                if waited_s > timeout_s:
+                    raise RuntimeError(f"the device was still waiting for a peer after {timeout_s} s")
+                if waited_s > SPIN_S:
+                    time.sleep(POLL_S)
+
+    def _mark(self) -> Any:
+        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
 
 def _meet(store: Store, rank: int, world: int, timeout_s: float) -> None:

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from actors.attention import sampler as sampler_module
-from actors.attention.distribution import draw, unit, weights_at
+from actors.attention.distribution import distances, draw, keep_likeliest, unit, weights_at
 from actors.attention.philox import uniforms
 from actors.attention.sampler import Sampler
 from actors.attention.sampling_batch import AdmittedRequest, build_sampling_batch
@@ -138,6 +138,48 @@ def test_rows_of_one_batch_do_not_touch_each_other(batch: list, data: st.DataObj
     alone = [one_token(rows[i], batch[i][3], batch[i][1], batch[i][2]) for i in order]
     assert [t.token_id for t in tokens] == [t.token_id for t in alone]
     assert [t.request_idx for t in tokens] == list(order)
+
+
+@given(st.lists(logit_rows(30), min_size=1, max_size=4), st.data())
+@settings(max_examples=150, deadline=None)
+def test_the_kept_tokens_are_the_oracles(rows: list[np.ndarray], data: st.DataObject) -> None:
+    uses_top_k, uses_top_p = data.draw(st.sampled_from([(True, False), (False, True), (True, True)]))
+    top_k = [data.draw(st.integers(1, 29)) if uses_top_k else 0 for _ in rows]
+    top_p = [data.draw(st.floats(0.01, 0.99)) if uses_top_p else 1.0 for _ in rows]
+    cases = zip(rows, top_k, top_p, strict=True)
+    expected = [oracle_probabilities(row, params(temperature=0.7, top_k=k, top_p=p)) > 0 for row, k, p in cases]
+    distance_RV = distances(torch.from_numpy(np.stack(rows)), torch.full((len(rows),), 0.7))
+    kept_RV = keep_likeliest(
+        weights_at(distance_RV, unit(30)),
+        distance_RV,
+        torch.tensor(top_k) if uses_top_k else None,
+        torch.tensor(top_p, dtype=torch.float64) if uses_top_p else None,
+        max(top_k) if uses_top_k else 30,
+    )
+    assert np.array_equal(kept_RV.numpy() > 0, np.stack(expected))
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "kept"),
+    [
+        (None, 0.5, [0, 1]),
+        (None, 0.51, [0, 1, 2]),
+        (3, None, [0, 1, 2]),
+        (2, 0.5, [0]),
+        (3, 0.5, [0, 1]),
+        (4, 1.0, [0, 1, 2, 3]),
+    ],
+)
+def test_a_nucleus_of_equals_ends_exactly_at_its_share(top_k: int | None, top_p: float | None, kept: list[int]) -> None:
+    distance_RV = torch.zeros(1, 4)
+    kept_RV = keep_likeliest(
+        weights_at(distance_RV, unit(4)),
+        distance_RV,
+        None if top_k is None else torch.tensor([top_k]),
+        None if top_p is None else torch.tensor([top_p], dtype=torch.float64),
+        top_k or 4,
+    )
+    assert kept_RV[0].nonzero().flatten().tolist() == kept
 
 
 MIXED = [
@@ -339,9 +381,14 @@ def test_logprobs_are_of_the_unmodified_distribution() -> None:
     assert tokens[2].top_logprobs == ()
 
 
-@pytest.mark.parametrize("bad", [[math.nan, 1.0, 2.0], [-math.inf] * 3, [0.0, math.inf, math.inf], [math.nan] * 3])
+@pytest.mark.parametrize(
+    ("bad", "void_id"),
+    [([9.0, math.nan, 2.0], 1), ([-math.inf] * 3, 0), ([0.0, math.inf, math.inf], 1), ([math.nan] * 3, 0)],
+)
 @pytest.mark.parametrize("p", [*MIXED[:3], MIXED[4], params(temperature=0.0, frequency_penalty=1.0, num_logprobs=2)])
-def test_a_broken_row_harms_no_other(bad: list[float], p: SamplingParams, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_broken_row_harms_no_other(
+    bad: list[float], void_id: int, p: SamplingParams, caplog: pytest.LogCaptureFixture
+) -> None:
     def run(middle: list[float]) -> list[SampledToken]:
         sampler = Sampler(3, CPU)
         for request_idx in range(3):
@@ -353,7 +400,7 @@ def test_a_broken_row_harms_no_other(bad: list[float], p: SamplingParams, caplog
         broken = run(bad)
     assert "request 1" in caplog.text
     assert "request 0" not in caplog.text
-    assert 0 <= broken[1].token_id < 3
+    assert broken[1].token_id == void_id
     assert all(math.isfinite(value) for _, value in broken[1].top_logprobs)
     sound = run([0.0, 1.0, 0.0])
     assert (broken[0], broken[2]) == (sound[0], sound[2])
