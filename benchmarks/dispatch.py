@@ -1,9 +1,9 @@
 """What it costs to send the tokens of a MoE layer to their experts and back, per layout.
 
-Real processes on this host over gloo. "wire" is the floor: one message of the same bytes to a peer and back, and nothing
-else. The experts do nothing, so what is timed is dispatch itself: choosing, sorting,
-packing, the wire both ways, and putting results back. Prints the median microseconds per MoE layer on the slowest
-attention rank, and the 99th percentile.
+Real processes on this host over gloo. The experts do nothing, so what is timed is dispatch itself: choosing, sorting,
+packing, the wire both ways, and putting results back. "wire" is the floor: one message of the same bytes to a peer and
+back, and nothing else. Prints the median microseconds per MoE layer on the slowest attention rank, and the 99th
+percentile.
 
     python benchmarks/dispatch.py [--tokens 1,16,256,1024] [--hidden 512,5120] [--dtype float32]
 """

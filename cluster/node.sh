@@ -27,8 +27,6 @@ find_python() {
 
 install_package() {
   [ -x "$venv/bin/python" ] || "$(find_python)" -m venv "$venv"
-  # The package itself first goes: its version may be the same though its files are not.
-  "$venv/bin/pip" uninstall --quiet --yes corral-serve
   "$venv/bin/pip" install --quiet ${CORRAL_PIP_OPTIONS:-} "$source_dir"
 }
 

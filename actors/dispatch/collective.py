@@ -40,8 +40,8 @@ class CollectiveDispatch:
     a rank with tokens calls `begin_step`, then `dispatch` and `combine` for each layer; a rank without tokens calls
     `serve_step` alone, whatever its roles. A rank that is both computes its experts inside `combine`.
 
-    On CUDA the methods queue work and return; `EpochGroup.synchronize` must come before the host reads what follows from
-    it, and is where a lost peer is noticed. Routing table, tokens and experts are on the shape's device.
+    On CUDA the methods queue work and return; the last `combine` of a step, or `serve_step`, waits for the device, and
+    that is where a lost peer is noticed. Routing table, tokens and experts are on the shape's device.
 
     Every method raises RankError when a peer fails or does not answer within the group's timeout; the group is closed
     then, and so are, in turn, those of the ranks that wait for this one. Raises ValueError where the caller breaks the
@@ -148,6 +148,8 @@ class CollectiveDispatch:
             transfer.wait()
         self._leaving.clear()
         self._is_open, self._next_idx = False, layer_idx + 1
+        if self._next_idx == len(self._layers):  # before the host waits for what follows, with no timeout of its own
+            self._group.synchronize()
         y_ND = self._results_RD.index_select(0, receipt.place_N)
         K = self._shape.experts_per_token
         return y_ND if K == 1 else y_ND.view(-1, K, self._shape.hidden).sum(1)

@@ -83,6 +83,7 @@ class EpochGroup:
         self._gloo_device: Any = None
         self._transport: Transport | None = None
         self._in_flight: set[Transfer] = set()
+        self._last_epoch = -1  # that was tried at this store
         self.epoch = -1
         self.rank = UNKNOWN_RANK
         self.world = 0
@@ -104,18 +105,23 @@ class EpochGroup:
         except (RuntimeError, ValueError) as e:
             raise RankError(self.rank, f"no rendezvous store answers at {store_endpoint!r}: {_first_line(e)}") from e
         self._endpoint = store_endpoint
+        self._last_epoch = -1
 
     def join(
         self, epoch: int, rank: int, world: int, timeout_s: float, operation_timeout_s: float = DEFAULT_TIMEOUT_S
     ) -> None:
         """Second phase: forms the group of `epoch` with `world` ranks, leaving any other group first.
 
-        Epoch numbers are used once per store, so a rank of another epoch can never be met. `operation_timeout_s`
-        bounds every wait of the group. Raises RankError (with this rank) if not all ranks join within `timeout_s`.
+        Epoch numbers ascend and are tried once per store: what an earlier try left there would look like a rank that
+        joins. `operation_timeout_s` bounds every wait of the group. Raises RankError (with this rank) if not all ranks
+        join within `timeout_s`, or if the epoch is over.
         """
         self.leave()
         if self._store is None:
             raise RankError(rank, f"epoch {epoch} was joined before it was prepared")
+        if epoch <= self._last_epoch:
+            raise RankError(rank, f"epoch {epoch} is over; the last was {self._last_epoch}")
+        self._last_epoch = epoch
         store = PrefixStore(f"epoch{epoch}", self._store)
         store.set_timeout(timedelta(seconds=timeout_s))
         self.epoch, self.rank, self.world = epoch, rank, world

@@ -5,7 +5,8 @@ proxy, or in HAProxy mode every ingress replica). Needs no Ray: it uses the serv
 docs/decisions/0001-serve-front.md.
 """
 
-from collections.abc import AsyncGenerator, Callable
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -82,12 +83,34 @@ def _wrap_unary(handler: Callable[..., Any], method: MethodDescriptor) -> Callab
 def _wrap_stream(handler: Callable[..., Any], method: MethodDescriptor) -> Callable[..., Any]:
     async def stream(data: bytes, context: Any) -> AsyncGenerator[bytes, None]:
         request = _parse(data, method, context)
-        if request is not None:
-            async for message in handler(request, CallContext(context)):
+        if request is None:
+            return
+        ready: asyncio.Queue[bytes | None] = asyncio.Queue()
+        pump = asyncio.create_task(_pump(handler(request, CallContext(context)), ready))
+        context.add_done_callback(lambda _: pump.cancel())
+        try:
+            while (message := await ready.get()) is not None:
                 if message:  # an empty one carried a status and its trailing metadata (grpc_front.py); nothing else
                     yield message
+            await pump
+        finally:
+            pump.cancel()
 
     return stream
+
+
+async def _pump(messages: AsyncIterator[bytes], ready: "asyncio.Queue[bytes | None]") -> None:
+    """Takes messages as they come, then None.
+
+    Why a task of its own: Serve's proxy passes a cancellation on to the replica only if it comes while the proxy waits
+    for the replica. One that came while a message was being sent was lost, and the request ran to its end. This task
+    does nothing but wait for the replica. The queue is no new backlog: Serve has no flow control to replicas.
+    """
+    try:
+        async for message in messages:
+            ready.put_nowait(message)
+    finally:
+        ready.put_nowait(None)
 
 
 def _parse(data: bytes, method: MethodDescriptor, context: Any) -> Message | None:

@@ -162,6 +162,11 @@ class RankPlanner:
             return self.chunked_pool.num_free
         return min(self.global_pool.num_free, self.chunked_pool.num_free)
 
+    def can_prefill(self) -> bool:
+        """Whether a piece of any prompt could be planned now."""
+        page_tokens, has_pages = self.geometry.page_tokens, self._num_free_pages() > 0
+        return any(has_pages or state.computed < state.num_pages * page_tokens for state in self.prefilling)
+
     def plan_piece(self, state: RequestState, max_tokens: int) -> int:
         """Gives a prefilling request up to `max_tokens` more of its prompt, as far as pages go; returns how many.
 

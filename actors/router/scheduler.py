@@ -137,8 +137,7 @@ class Scheduler:
 
     def _num_open_seats(self) -> int:
         """How many of the queued requests the next plans can admit, as far as seats go; 0 if pages hold them up."""
-        head = self._queue.head()
-        if head is not None and self._choose_rank(head) is None:
+        if len(self._queue) and self._next_admission() is None:
             return 0
         return sum(rank.num_free_seats for rank in self._ranks.values())
 
@@ -229,12 +228,12 @@ class Scheduler:
         return max(1, budget // PROMPT_RESERVE) if budget > 1 else self._num_steps % 2
 
     def _take_turns(self, decoding: dict[int, list[RequestState]]) -> dict[int, list[RequestState]]:
-        """Picks those that waited longest, as many as the budget allows."""
-        head = self._queue.head()
-        prompts_wait = any(rank.prefilling for rank in self._ranks.values()) or (
-            head is not None and self._choose_rank(head) is not None
-        )
-        num_turns = self.limits.max_num_batched_tokens - (self._prompt_reserve() if prompts_wait else 0)
+        """Picks those that waited longest, as many as the budget allows.
+
+        Only prompts that have pages to go on hold decodes back, or a step might come out empty.
+        """
+        prompts_can_go_on = any(rank.can_prefill() for rank in self._ranks.values()) or self._next_admission()
+        num_turns = self.limits.max_num_batched_tokens - (self._prompt_reserve() if prompts_can_go_on else 0)
         everyone = [state for states in decoding.values() for state in states]
         everyone.sort(key=lambda state: state.last_turn)
         chosen = set(everyone[:num_turns])
@@ -266,26 +265,27 @@ class Scheduler:
 
     def _admit(self, num_left: int) -> int:
         """Admits from the head of the queue while tokens and pages last; returns the tokens left."""
-        while num_left > 0:
-            state = self._queue.head()
-            if state is None or state.num_in_flight:  # a preempted one's prompt is known when all its tokens are back
-                break
-            rank = self._choose_rank(state)
-            if rank is None:
-                break
+        while num_left > 0 and (admission := self._next_admission()) is not None:
+            state, rank = admission
             self._queue.pop_head()
             rank.admit(state)
             num_left -= rank.plan_piece(state, self._portion(state, num_left, len(self._queue) > 0))
         return num_left
 
-    def _choose_rank(self, state: RequestState) -> RankPlanner | None:
-        """The rank with most pages left once `state` is there; the lowest of equals. None: no rank has room."""
+    def _next_admission(self) -> tuple[RequestState, RankPlanner] | None:
+        """The head of the queue and the rank with most pages left once it is there, the lowest of equals.
+
+        None where nothing waits, no rank has room, or the head was preempted and its newest tokens are not back yet.
+        """
+        state = self._queue.head()
+        if state is None or state.num_in_flight:
+            return None
         best, most_left = None, -1
         for rank in self._ranks.values():
             num_left = rank.room_for(state)
             if num_left > most_left:
                 best, most_left = rank, num_left
-        return best
+        return None if best is None else (state, best)
 
     # --- results ---
 

@@ -124,8 +124,8 @@ def test_openai_errors(client: openai.OpenAI, service: Any) -> None:
         client.completions.create(model=service.model, prompt="x", temperature=9)
     assert e.value.param == "temperature"
     with pytest.raises(openai.BadRequestError) as e:
-        client.completions.create(model=service.model, prompt=[5] * 2_000_000)
-    assert e.value.code in ("context_length_exceeded", "request_too_large") or e.value.status_code == 413
+        client.completions.create(model=service.model, prompt=[5] * 300_000)
+    assert e.value.code == "context_length_exceeded"
 
 
 # --- gRPC --------------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def test_grpc_bad_input_names_the_field(stub: Any, channel: grpc.Channel, servic
         (pb.GenerateRequest(text="x", sampling=pb.Sampling(temperature=9)), "sampling.temperature"),
         (pb.GenerateRequest(text="x", stopping=pb.Stopping(stop=["s"] * 10_000)), "stopping.stop"),
         (pb.GenerateRequest(), "prompt"),
-        (pb.GenerateRequest(text="word " * 700_000), "text"),
+        (pb.GenerateRequest(text="word " * 200_000), "text"),
         (pb.GenerateRequest(text="x" * 50_000_000), "request"),
     ):
         for call in (stub.Generate, lambda request, timeout: list(stub.GenerateStream(request, timeout=timeout))):
@@ -204,14 +204,11 @@ def test_grpc_bad_input_names_the_field(stub: Any, channel: grpc.Channel, servic
 
 
 def test_grpc_deadlines_and_cancel_free_everything(stub: Any, service: Any) -> None:
-    long = idle(service)  # the model's own room bounds "long": whatever it is, 50 ms are less
-    assert long["status"] == "ok"
     with pytest.raises(grpc.RpcError) as e:
         stub.Generate(asking(10_000), timeout=0.05)
     assert e.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     with pytest.raises(grpc.RpcError) as e:
         list(stub.GenerateStream(asking(10_000, timeout_ms=50), timeout=60))
-    assert (e.value.code(), e.value.details()) != (grpc.StatusCode.OK, "")
     assert e.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     stream = stub.GenerateStream(asking(10_000), timeout=60)
     next(stream)
@@ -277,7 +274,7 @@ async def test_500_connections_at_once(service: Any) -> None:
 
 def test_a_slow_reader_stalls_nobody(service: Any, stub: Any) -> None:
     """It reads nothing of its long stream, while others are served; then it finds everything there."""
-    slow = stub.GenerateStream(asking(200), timeout=100)
+    slow = stub.GenerateStream(asking(100), timeout=100)
     first = next(slow)
     for _ in range(3):
         assert len(stub.Generate(asking(4), timeout=30).choices[0].token_ids) == 4
@@ -285,7 +282,7 @@ def test_a_slow_reader_stalls_nobody(service: Any, stub: Any) -> None:
     for chunk in slow:
         assert chunk.token_index == len(ids)
         ids += chunk.token_ids
-    assert len(ids) == 200
+    assert len(ids) == 100
 
 
 def test_clients_that_vanish_leave_nothing_behind(service: Any, channel: grpc.Channel) -> None:

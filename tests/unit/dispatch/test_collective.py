@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from actors.dispatch.collective import CollectiveDispatch
-from actors.dispatch.contract import RoutingTable, build_routing_table
+from actors.dispatch.contract import build_routing_table
 from actors.dispatch.group import EpochGroup, RendezvousStore
 from actors.dispatch.reference import ReferenceDispatch
 from actors.dispatch.rows import TokenShape
@@ -18,6 +18,14 @@ from actors.dispatch.rows import TokenShape
 CPU = torch.device("cpu")
 LAYERS = (1, 3)
 Slots = dict[int, dict[int, tuple[int, ...]]]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_per_rank() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Ranks:
@@ -95,9 +103,7 @@ def spread(expert_ranks: tuple[int, ...], num_experts: int, replicas: int = 1) -
     return {
         rank: {
             layer: tuple(
-                e
-                for e in range(num_experts)
-                if any((e + layer + r) % len(expert_ranks) == i for r in range(replicas))
+                e for e in range(num_experts) if any((e + layer + r) % len(expert_ranks) == i for r in range(replicas))
             )
             for layer in LAYERS
         }
@@ -148,6 +154,7 @@ def run_steps(
     computes = {rank: SlotCompute(model, slots) for rank, slots in layout.slots.items()}
     results: list[list[dict[int, Tensor]]] = [[{} for _ in LAYERS] for _ in steps]
 
+    @torch.inference_mode()  # as in serving
     def work(rank: int) -> None:
         dispatch = CollectiveDispatch(
             ranks.groups[rank], routing, computes.get(rank), layout.attention, shape, inline_bytes
@@ -214,3 +221,110 @@ def test_equals_the_reference_when_rows_are_counted(name: str, k: int) -> None:
     counts = [(20, 1, 9), (2, 30, 3), (40, 40, 0), (1, 2, 1)]
     steps = [random_step(layout, c, k, 16, seed) for seed, c in enumerate(counts)]
     check_steps(layout, steps, k, inline_bytes=4 * 80)
+
+
+def test_empty_experts_and_all_tokens_to_one() -> None:
+    """Every token wants expert 4, which one rank of three holds; the others get messages without rows."""
+    layout = LAYOUTS["1A+3E"]
+    for inline_bytes in (None, 0):
+        tokens = random_tokens(11, 1, 16, 3)._replace(ids_TK=torch.full((11, 1), 4))
+        computes = check_steps(layout, [[{0: tokens}, {0: tokens}]], 1, inline_bytes=inline_bytes)
+        assert sorted(sum(compute.rows.values()) for compute in computes.values()) == [0, 11, 11]
+
+
+def test_a_rank_without_slots_in_a_layer_is_left_out_of_it() -> None:
+    slots: Slots = {1: {1: (0, 1, 2, 3, 4, 5), 3: (0, 1)}, 2: {3: (2, 3, 4, 5)}}
+    for attention in ((0,), (0, 1), (0, 2)):
+        layout = Layout(attention, slots)
+        check_steps(layout, [random_step(layout, (6, 5), 2, 16, seed) for seed in range(3)], 2)
+        check_steps(layout, [random_step(layout, (6, 1), 2, 16, seed) for seed in range(3)], 2, inline_bytes=4 * 80)
+
+
+def test_fixed_messages_carry_padding_and_counted_ones_none() -> None:
+    layout = LAYOUTS["2A+2E"]
+    steps = [random_step(layout, (6, 6), 1, 16, 0)]
+    fixed = check_steps(layout, steps, 1)
+    counted = check_steps(layout, steps, 1, inline_bytes=0)
+    assert sum(compute.padding_rows for compute in fixed.values()) == 6 * 2 * len(LAYERS)
+    assert sum(compute.padding_rows for compute in counted.values()) == 0
+
+
+def test_replicas_share_the_tokens_of_an_expert() -> None:
+    """40 tokens from each of two ranks want expert 0, which all three expert ranks hold: 26 or 27 each."""
+    layout = Layout((0, 1), {rank: {layer: tuple(range(6)) for layer in LAYERS} for rank in (2, 3, 4)})
+    tokens = random_tokens(40, 1, 16, 5)._replace(ids_TK=torch.zeros(40, 1, dtype=torch.int64))
+    computes = check_steps(layout, [[{0: tokens, 1: tokens}] * 2], 1)
+    for compute in computes.values():
+        assert all(26 <= compute.rows[layer, 0] <= 27 for layer in LAYERS)
+
+
+def test_one_token_at_a_time_uses_every_replica() -> None:
+    layout = Layout((0,), {rank: {layer: tuple(range(6)) for layer in LAYERS} for rank in (1, 2)})
+    tokens = random_tokens(1, 1, 16, 5)
+    computes = check_steps(layout, [[{0: tokens}] * 2], 1)
+    assert [sum(compute.rows.values()) for compute in computes.values()] == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["2A+2E", "colocated 2"])
+def test_many_steps_of_changing_size(name: str) -> None:
+    """60 steps, sizes from a fixed sequence that crosses the inline limit and zero."""
+    layout = LAYOUTS[name]
+    rng = torch.Generator().manual_seed(1)
+    sizes = [tuple(torch.randint(0, 12, (2,), generator=rng).tolist()) for _ in range(60)]
+    check_steps(layout, [random_step(layout, size, 2, 8, i) for i, size in enumerate(sizes)], 2, 8, 8 * 48)
+
+
+def test_messages_of_many_packets() -> None:
+    """Above the size from which a message has a tail, fixed and counted."""
+    layout = LAYOUTS["2A+2E"]
+    check_steps(layout, [random_step(layout, (20, 17), 1, 1024, 0)], 1, hidden=1024)
+    check_steps(layout, [random_step(layout, (37, 20), 1, 1024, 1)], 1, hidden=1024, inline_bytes=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("hidden", [8, 13])
+def test_other_dtypes_and_odd_widths_travel_bit_for_bit(dtype: torch.dtype, hidden: int) -> None:
+    """One token, one expert: the same bits as an expert that is called without a group between."""
+    layout = LAYOUTS["2A+2E"]
+    model = Model(NUM_EXPERTS, hidden, dtype)
+    shape = TokenShape(hidden=hidden, experts_per_token=1, dtype=dtype, device=CPU)
+    step: Step = [
+        {0: random_tokens(1, 1, hidden, layer, dtype), 1: random_tokens(1, 1, hidden, 9, dtype)} for layer in LAYERS
+    ]
+    with ranks_of_world(4) as ranks:
+        results, _ = run_steps(ranks, layout, model, [step], shape)
+    for layer, tokens, output in zip(LAYERS, step, results[0], strict=True):
+        for rank, y_TD in output.items():
+            x_TD, ids_TK, scores_TK = tokens[rank]
+            assert torch.equal(y_TD, model.expert(layer, int(ids_TK[0, 0]))(x_TD * scores_TK))
+
+
+def test_breaking_the_contract_is_refused() -> None:
+    layout = LAYOUTS["colocated 1"]
+    routing = build_routing_table(layout.slots, LAYERS, NUM_EXPERTS, CPU)
+    shape = TokenShape(hidden=16, experts_per_token=1, dtype=torch.float32, device=CPU)
+    tokens = random_tokens(2, 1, 16, 0)
+    with ranks_of_world(1) as ranks:
+        with pytest.raises(ValueError, match="no experts"):
+            CollectiveDispatch(ranks.groups[0], routing, None, (0,), shape)
+        compute = SlotCompute(Model(NUM_EXPERTS, 16), layout.slots[0])
+        dispatch = CollectiveDispatch(ranks.groups[0], routing, compute, (0,), shape)
+        with pytest.raises(ValueError, match="no step"):
+            dispatch.dispatch(*tokens, 1)
+        with pytest.raises(ValueError, match="2 token counts for 1 ranks"):
+            dispatch.begin_step((1, 1))
+        dispatch.begin_step((2,))
+        with pytest.raises(ValueError, match="out of order"):
+            dispatch.dispatch(*tokens, 3)
+        with pytest.raises(ValueError, match=r"expected \[2, 16\]"):
+            dispatch.dispatch(*random_tokens(3, 1, 16, 0), 1)
+        receipt = dispatch.dispatch(*tokens, 1)
+        with pytest.raises(ValueError, match="out of order"):
+            dispatch.dispatch(*tokens, 1)
+        dispatch.combine(receipt)
+        with pytest.raises(ValueError, match="combined once"):
+            dispatch.combine(receipt)
+        with pytest.raises(ValueError, match="after 1 of 2 layers"):
+            dispatch.begin_step((2,))
+        with pytest.raises(ValueError, match="must dispatch"):
+            CollectiveDispatch(ranks.groups[0], routing, compute, (0,), shape).serve_step((2,))

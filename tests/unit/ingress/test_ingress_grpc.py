@@ -255,6 +255,36 @@ async def test_cancel_and_deadline_end_generation(serve_grpc: Serve) -> None:
         assert [call[2] for call in service.sink.calls] == ["cancelled", "cancelled"]
 
 
+async def test_a_cancel_while_a_message_is_being_sent_reaches_the_handler() -> None:
+    """Serve's proxy would lose it: its handler hears of a cancel only where it waits for the replica."""
+    waiting, heard = asyncio.Event(), asyncio.Event()
+
+    def factory(service_method: str, streaming_type: Any) -> Callable[..., Any]:
+        async def handler(request: Any, context: Any) -> AsyncIterator[bytes]:
+            for _ in range(64):
+                yield b"x" * 1_000_000  # more than the client's window: sending it waits for a reader
+            waiting.set()
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                heard.set()
+                raise
+
+        return handler
+
+    server = gRPCGenericServer(factory)
+    port = server.add_insecure_port("127.0.0.1:0")
+    add_inference(Mock(), server)
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        method = channel.unary_stream("/corral.v1.Inference/GenerateStream")
+        call = method(b"")
+        await waiting.wait()
+        call.cancel()
+        await heard.wait()
+    await server.stop(0)
+
+
 async def test_an_error_nobody_meant_says_nothing_of_our_insides(
     serve_grpc: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:

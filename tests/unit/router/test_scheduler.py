@@ -350,6 +350,16 @@ def test_decodes_beyond_the_budget_take_turns_and_leave_room_to_prompts(budget: 
     driver.run()
 
 
+def test_a_prompt_without_pages_does_not_hold_decodes_back() -> None:
+    """With a budget of one token a step would come out empty, and nothing would ever move again."""
+    driver = make_driver(pages=3, page_tokens=2, max_num_batched_tokens=1, max_steps_in_flight=1)
+    driver.submit(1, 4)
+    driver.submit(1, 3)
+    driver.submit(4, 3)
+    driver.run()
+    assert all(client.ended == "length" for client in driver.clients.values())
+
+
 def test_requests_go_to_the_rank_with_most_free_pages() -> None:
     driver = make_driver(num_ranks=2, max_num_batched_tokens=16)
     for num_prompt in (40, 24, 30, 4):

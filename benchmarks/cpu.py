@@ -1,0 +1,195 @@
+"""Everything that is promised of the CPU pipeline, in one run: beside transformers, and served beside bare.
+
+    python -m benchmarks.cpu            # about ten minutes on 2 cores; writes results/cpu.md and cpu.json
+"""
+
+import argparse
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from actors.checkpoint.shape_models import ensure_shape_model
+from benchmarks import report
+from benchmarks.clients import over_grpc, over_http
+from benchmarks.engine import Engine, Trace, tokens_per_s
+from benchmarks.workload import mixed, single_stream
+from cluster.session import StateFolder, marked_processes
+
+SHAPE = "bench-maverick"
+VOCAB = 8000  # ids of text in that shape
+CONCURRENCY = (1, 4, 16, 64)
+PORTS = (18200, 19200)
+
+
+def peer(directory: Path, threads: int) -> dict[str, Any]:
+    """transformers on the same checkpoint, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.peer_transformers", str(directory), "--threads", str(threads)]
+    done = subprocess.run([*command, "--vocab", str(VOCAB)], capture_output=True, text=True, check=True)
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def stream_ms(engine: Engine, rounds: int) -> dict[str, float]:
+    """Time per token and to the first one of a lone request: the best of some rounds, as for the peer."""
+    engine.run([single_stream(VOCAB)])
+    traces = [engine.run([single_stream(VOCAB)])[0] for _ in range(rounds)]
+    per_token = min((t.token_s[-1] - t.token_s[0]) / (len(t.token_s) - 1) for t in traces)
+    return {"ms_per_token": per_token * 1e3, "ttft_ms": min(t.ttft_s for t in traces) * 1e3}
+
+
+def load(run: Callable[[Sequence[Any]], list[Trace]], concurrency: int, rounds: int) -> dict[str, float]:
+    """Rate and latencies at one concurrency: medians over rounds of the rate, over all requests of the latencies."""
+    rates, ttfts, gaps = [], [], []
+    for _ in range(rounds):
+        items = mixed(concurrency, VOCAB)
+        traces = run(items)
+        for trace, item in zip(traces, items, strict=True):
+            assert len(trace.token_ids) == item.num_outputs, trace.problem
+        rates.append(tokens_per_s(traces))
+        ttfts += [trace.ttft_s for trace in traces]
+        gaps += [gap for trace in traces for gap in trace.gaps_s]
+    return {
+        "tokens_per_s": statistics.median(rates),
+        "ttft_p50_ms": statistics.median(ttfts) * 1e3,
+        "gap_p50_ms": statistics.median(gaps) * 1e3,
+        "gap_p99_ms": statistics.quantiles(gaps, n=100)[98] * 1e3,
+    }
+
+
+class Served:
+    """`corral serve --detach` of the same checkpoint; ends with the context."""
+
+    def __init__(self, directory: Path, flags: Sequence[str]) -> None:
+        self._directory, self._flags = directory, flags
+        self.url, self.grpc = f"http://127.0.0.1:{PORTS[0]}", f"127.0.0.1:{PORTS[1]}"
+
+    def __enter__(self) -> "Served":
+        command = [sys.executable, "-m", "cluster.cli", "serve", str(self._directory), "--served-model-name", "bench"]
+        command += ["--port", str(PORTS[0]), "--grpc-port", str(PORTS[1]), "--detach", *self._flags]
+        began = time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        self.ready_s = time.perf_counter() - began
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        subprocess.run([sys.executable, "-m", "cluster.cli", "stop", "--port", str(PORTS[0])], check=True)
+
+    def memory_mib(self) -> float:
+        """Proportional set size of all its processes."""
+        session = StateFolder(PORTS[0]).read()
+        assert session is not None
+        pids = {session.pid, *marked_processes(session.session_id)}
+        return sum(psutil.Process(pid).memory_full_info().pss for pid in pids) / 2**20
+
+    def run_grpc(self, items: Sequence[Any]) -> list[Trace]:
+        return asyncio.run(over_grpc(self.grpc, items))
+
+    def run_http(self, items: Sequence[Any]) -> list[Trace]:
+        return asyncio.run(over_http(self.url, "bench", items))
+
+
+def served_ratios(engine: Engine, served: Served, rounds: int) -> dict[str, Any]:
+    """Rates at 16 streams, bare and served in turn, so that all see the same machine."""
+    runs = {"bare": engine.run, "grpc": served.run_grpc, "http": served.run_http}
+    for run in runs.values():
+        run(mixed(16, VOCAB))
+    rates: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            rates[name].append(tokens_per_s(run(mixed(16, VOCAB))))
+    bare = rates["bare"]
+    return {
+        "rates": {name: statistics.median(values) for name, values in rates.items()},
+        "grpc_ratio": statistics.median(a / b for a, b in zip(rates["grpc"], bare, strict=True)),
+        "http_ratio": statistics.median(a / b for a, b in zip(rates["http"], bare, strict=True)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=2, help="of the peer and of a single rank")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default="float32")
+    args = parser.parse_args()
+    directory = ensure_shape_model(SHAPE, Path(tempfile.gettempdir()) / "corral-bench")
+    keys = {"dtype": args.dtype, "max_model_len": 4096}
+
+    theirs = peer(directory, args.threads)
+    with Engine(directory, layout="single", threads_per_rank=args.threads, **keys) as engine:
+        one = stream_ms(engine, args.rounds)
+        ours = {c: load(engine.run, c, 2 if c == 64 else args.rounds) for c in CONCURRENCY}
+        flags = ["--layout", "single", "--threads-per-rank", str(args.threads), "--dtype", args.dtype]
+        with Served(directory, [*flags, "--max-model-len", "4096"]) as served:
+            time.sleep(5)
+            memory_mib, ready_s = served.memory_mib(), served.ready_s
+            front = served_ratios(engine, served, args.rounds)
+    with Engine(directory, layout="single", threads_per_rank=1, **keys) as engine:
+        single_1t = stream_ms(engine, args.rounds)
+    with Engine(directory, layout="disaggregated", threads_per_rank=1, **keys) as engine:
+        split_1t = stream_ms(engine, args.rounds)
+
+    best16 = theirs["static"]["16"]["tokens_per_s"]
+    continuous = theirs["continuous"]["16"]
+    if isinstance(continuous, float):
+        best16 = max(best16, continuous)
+    values = {
+        "stream_ratio": theirs["ms_per_token"] / one["ms_per_token"],
+        "batch16_ratio": ours[16]["tokens_per_s"] / best16,
+        "grpc_ratio": front["grpc_ratio"],
+        "http_ratio": front["http_ratio"],
+        "ready_s": ready_s,
+        "commit": report.commit(),
+    }
+    moe_layers = 6
+    per_layer_us = (split_1t["ms_per_token"] - single_1t["ms_per_token"]) / moe_layers * 1e3
+    lines = [
+        report.preamble("The CPU pipeline beside transformers, and served beside bare"),
+        f"Model: shape {SHAPE} (100 M parameters, 27 M active), {args.dtype}, {args.threads} threads for each of us.",
+        "",
+        report.table(
+            ["", "transformers generate", "Corral engine", "ratio"],
+            [
+                ["one stream, ms per token", f"{theirs['ms_per_token']:.2f}", f"{one['ms_per_token']:.2f}",
+                 f"{values['stream_ratio']:.2f}"],
+                ["one stream, time to first of 128", f"{theirs['ttft_ms']:.0f} ms", f"{one['ttft_ms']:.0f} ms",
+                 f"{theirs['ttft_ms'] / one['ttft_ms']:.2f}"],
+                *[
+                    [f"{c} mixed requests, tokens/s", f"{theirs['static'][str(c)]['tokens_per_s']:.0f} "
+                     f"(static batch of {theirs['static'][str(c)]['batch']})", f"{ours[c]['tokens_per_s']:.0f}",
+                     f"{ours[c]['tokens_per_s'] / theirs['static'][str(c)]['tokens_per_s']:.2f}"]
+                    for c in CONCURRENCY
+                ],
+            ],
+        ),  # fmt: skip
+        f"\ntransformers' continuous batching, 16 requests: {continuous}\n",
+        report.table(
+            ["concurrent", "tokens/s", "TTFT p50 ms", "inter-token p50 ms", "p99 ms"],
+            [[c, *(f"{ours[c][k]:.1f}" for k in ("tokens_per_s", "ttft_p50_ms", "gap_p50_ms", "gap_p99_ms"))]
+             for c in CONCURRENCY],
+        ),  # fmt: skip
+        "",
+        report.table(
+            ["16 streams", "tokens/s", "of bare"],
+            [["bare engine loop", f"{front['rates']['bare']:.0f}", "1"],
+             ["gRPC, HAProxy front", f"{front['rates']['grpc']:.0f}", f"{front['grpc_ratio']:.2f}"],
+             ["HTTP, HAProxy front", f"{front['rates']['http']:.0f}", f"{front['http_ratio']:.2f}"]],
+        ),  # fmt: skip
+        f"\nReady to answer {ready_s:.1f} s after `corral serve` is typed; idle memory of the whole local stack "
+        f"{memory_mib:.0f} MiB (proportional set size of all its processes).",
+        f"\n1A+1E beside single, one thread per rank, one stream: {split_1t['ms_per_token']:.2f} and "
+        f"{single_1t['ms_per_token']:.2f} ms per token: {per_layer_us:+.0f} us per MoE layer.",
+    ]
+    report.write("cpu", "\n".join(lines), values)
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
