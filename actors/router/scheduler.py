@@ -188,11 +188,10 @@ class Scheduler:
         if not ranks or self.num_steps_in_flight >= self.limits.max_steps_in_flight:
             return None
         self._queue.observe(now_s)
-        self._plan_decodes()
-        num_left = self.limits.max_num_batched_tokens - sum(rank.num_planned_tokens for rank in ranks)
-        if num_left > 0:
-            self._plan_prompts(num_left)
-        step_tokens = sum(rank.num_planned_tokens for rank in ranks)
+        num_preemptions, step_tokens = self._num_preemptions, self._plan_work()
+        while step_tokens == 0 and self._num_preemptions > num_preemptions:
+            # All whose turn it was gave way to requests whose turn it was not.
+            num_preemptions, step_tokens = self._num_preemptions, self._plan_work()
         if step_tokens == 0:
             return None
         self._num_steps += 1
@@ -211,6 +210,15 @@ class Scheduler:
     def has_requests(self) -> bool:
         """Whether any request is live."""
         return bool(self._live)
+
+    def _plan_work(self) -> int:
+        """Fills the plans of all ranks; returns their tokens."""
+        ranks = self._ranks.values()
+        self._plan_decodes()
+        num_left = self.limits.max_num_batched_tokens - sum(rank.num_planned_tokens for rank in ranks)
+        if num_left > 0:
+            self._plan_prompts(num_left)
+        return sum(rank.num_planned_tokens for rank in ranks)
 
     def _plan_decodes(self) -> None:
         decoding = {rank: planner.decoding() for rank, planner in self._ranks.items()}

@@ -350,12 +350,20 @@ def test_decodes_beyond_the_budget_take_turns_and_leave_room_to_prompts(budget: 
     driver.run()
 
 
-def test_a_prompt_without_pages_does_not_hold_decodes_back() -> None:
-    """With a budget of one token a step would come out empty, and nothing would ever move again."""
+def test_a_step_does_not_come_out_empty_because_its_only_decode_gives_way() -> None:
+    """The ranks would be idle, and no answer would come that makes the router plan again."""
     driver = make_driver(pages=3, page_tokens=2, max_num_batched_tokens=1, max_steps_in_flight=1)
     driver.submit(1, 4)
     driver.submit(1, 3)
-    driver.submit(4, 3)
+    driver.run()
+    assert driver.scheduler.load().num_preemptions == 1
+
+
+def test_a_prompt_without_pages_does_not_hold_decodes_back() -> None:
+    """The prompt's turn with a budget of one token: nothing would be planned, and nothing would move again."""
+    driver = make_driver(pages=4, page_tokens=2, max_num_batched_tokens=1, max_steps_in_flight=1)
+    for num_prompt, max_tokens in ((1, 8), (1, 8), (3, 3), (2, 3)):
+        driver.submit(num_prompt, max_tokens)
     driver.run()
     assert all(client.ended == "length" for client in driver.clients.values())
 
