@@ -1,6 +1,6 @@
 """Everything that is promised of the CPU pipeline, in one run: beside transformers, and served beside bare.
 
-    python -m benchmarks.cpu            # about ten minutes on 2 cores; writes results/cpu.md and cpu.json
+python -m benchmarks.cpu            # about ten minutes on 2 cores; writes results/cpu.md and cpu.json
 """
 
 import argparse
@@ -28,6 +28,8 @@ SHAPE = "bench-maverick"
 VOCAB = 8000  # ids of text in that shape
 CONCURRENCY = (1, 4, 16, 64)
 PORTS = (18200, 19200)
+NUM_MOE_LAYERS = 6  # of that shape
+SETTLE_S = 5.0
 
 
 def peer(directory: Path, threads: int) -> dict[str, Any]:
@@ -113,6 +115,81 @@ def served_ratios(engine: Engine, served: Served, rounds: int) -> dict[str, Any]
     }
 
 
+def measure(directory: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Runs everything, one thing at a time. Keys as `render` and `summary` use them."""
+    keys = {"dtype": args.dtype, "max_model_len": 4096}
+    found: dict[str, Any] = {"peer": peer(directory, args.threads)}
+    with Engine(directory, layout="single", threads_per_rank=args.threads, **keys) as engine:
+        found["stream"] = stream_ms(engine, args.rounds)
+        found["load"] = {c: load(engine.run, c, 2 if c == 64 else args.rounds) for c in CONCURRENCY}
+        flags = ["--layout", "single", "--threads-per-rank", str(args.threads), "--dtype", args.dtype]
+        with Served(directory, [*flags, "--max-model-len", "4096"]) as served:
+            time.sleep(SETTLE_S)
+            found["memory_mib"], found["ready_s"] = served.memory_mib(), served.ready_s
+            found["front"] = served_ratios(engine, served, args.rounds)
+    for name, layout in (("single_1t", "single"), ("split_1t", "disaggregated")):
+        with Engine(directory, layout=layout, threads_per_rank=1, **keys) as engine:
+            found[name] = stream_ms(engine, args.rounds)
+    return found
+
+
+def best_of_peer(found: dict[str, Any], concurrency: int) -> float:
+    """The peer's best rate: of its static batches, and of its continuous batching where that ran."""
+    rates = [
+        found["peer"]["static"][str(concurrency)]["tokens_per_s"],
+        found["peer"]["continuous"].get(str(concurrency)),
+    ]
+    return max(rate for rate in rates if isinstance(rate, float))
+
+
+def summary(found: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "stream_ratio": found["peer"]["ms_per_token"] / found["stream"]["ms_per_token"],
+        "batch16_ratio": found["load"][16]["tokens_per_s"] / best_of_peer(found, 16),
+        "grpc_ratio": found["front"]["grpc_ratio"],
+        "http_ratio": found["front"]["http_ratio"],
+        "ready_s": found["ready_s"],
+        "commit": report.commit(),
+    }
+
+
+def against_peer(found: dict[str, Any]) -> str:
+    theirs, ours = found["peer"], found["stream"]
+    rows = [
+        [f"one stream, {text}", f"{theirs[key]:.2f}", f"{ours[key]:.2f}", f"{theirs[key] / ours[key]:.2f}"]
+        for text, key in (("ms per token", "ms_per_token"), ("ms to the first token (prompt of 128)", "ttft_ms"))
+    ]
+    for c in CONCURRENCY:
+        static, rate = theirs["static"][str(c)], found["load"][c]["tokens_per_s"]
+        theirs_text = f"{static['tokens_per_s']:.0f} (static batches of {static['batch']})"
+        rows.append([f"{c} mixed, tokens/s", theirs_text, f"{rate:.0f}", f"{rate / best_of_peer(found, c):.2f}"])
+    return report.table(["", "transformers generate", "Corral engine", "ratio"], rows)
+
+
+def render(found: dict[str, Any], args: argparse.Namespace) -> str:
+    columns = ("tokens_per_s", "ttft_p50_ms", "gap_p50_ms", "gap_p99_ms")
+    latencies = [[c, *(f"{found['load'][c][key]:.1f}" for key in columns)] for c in CONCURRENCY]
+    front = found["front"]
+    served = [["bare engine loop", f"{front['rates']['bare']:.0f}", "1"]]
+    served += [
+        [f"{n}, HAProxy front", f"{front['rates'][n]:.0f}", f"{front[n + '_ratio']:.2f}"] for n in ("grpc", "http")
+    ]
+    single_ms, split_ms = found["single_1t"]["ms_per_token"], found["split_1t"]["ms_per_token"]
+    parts = [
+        report.preamble("The CPU pipeline beside transformers, and served beside bare"),
+        f"Shape {SHAPE} (100 M parameters, 27 M active), {args.dtype}, {args.threads} threads for each of the two.\n",
+        against_peer(found),
+        f"\ntransformers' continuous batching, 16 requests: {found['peer']['continuous']['16']}\n",
+        report.table(["concurrent", "tokens/s", "TTFT p50 ms", "inter-token p50 ms", "p99 ms"], latencies) + "\n",
+        report.table(["16 streams", "tokens/s", "of bare"], served),
+        f"\nReady to answer {found['ready_s']:.1f} s after `corral serve` is typed. Idle memory of the whole local stack: "
+        f"{found['memory_mib']:.0f} MiB (proportional set size of all its processes).\n",
+        f"1A+1E beside single, one thread per rank, one stream: {split_ms:.2f} and {single_ms:.2f} ms per token, "
+        f"{(split_ms - single_ms) / NUM_MOE_LAYERS * 1e3:+.0f} us per MoE layer.",
+    ]
+    return "\n".join(parts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2, help="of the peer and of a single rank")
@@ -120,75 +197,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
     directory = ensure_shape_model(SHAPE, Path(tempfile.gettempdir()) / "corral-bench")
-    keys = {"dtype": args.dtype, "max_model_len": 4096}
-
-    theirs = peer(directory, args.threads)
-    with Engine(directory, layout="single", threads_per_rank=args.threads, **keys) as engine:
-        one = stream_ms(engine, args.rounds)
-        ours = {c: load(engine.run, c, 2 if c == 64 else args.rounds) for c in CONCURRENCY}
-        flags = ["--layout", "single", "--threads-per-rank", str(args.threads), "--dtype", args.dtype]
-        with Served(directory, [*flags, "--max-model-len", "4096"]) as served:
-            time.sleep(5)
-            memory_mib, ready_s = served.memory_mib(), served.ready_s
-            front = served_ratios(engine, served, args.rounds)
-    with Engine(directory, layout="single", threads_per_rank=1, **keys) as engine:
-        single_1t = stream_ms(engine, args.rounds)
-    with Engine(directory, layout="disaggregated", threads_per_rank=1, **keys) as engine:
-        split_1t = stream_ms(engine, args.rounds)
-
-    best16 = theirs["static"]["16"]["tokens_per_s"]
-    continuous = theirs["continuous"]["16"]
-    if isinstance(continuous, float):
-        best16 = max(best16, continuous)
-    values = {
-        "stream_ratio": theirs["ms_per_token"] / one["ms_per_token"],
-        "batch16_ratio": ours[16]["tokens_per_s"] / best16,
-        "grpc_ratio": front["grpc_ratio"],
-        "http_ratio": front["http_ratio"],
-        "ready_s": ready_s,
-        "commit": report.commit(),
-    }
-    moe_layers = 6
-    per_layer_us = (split_1t["ms_per_token"] - single_1t["ms_per_token"]) / moe_layers * 1e3
-    lines = [
-        report.preamble("The CPU pipeline beside transformers, and served beside bare"),
-        f"Model: shape {SHAPE} (100 M parameters, 27 M active), {args.dtype}, {args.threads} threads for each of us.",
-        "",
-        report.table(
-            ["", "transformers generate", "Corral engine", "ratio"],
-            [
-                ["one stream, ms per token", f"{theirs['ms_per_token']:.2f}", f"{one['ms_per_token']:.2f}",
-                 f"{values['stream_ratio']:.2f}"],
-                ["one stream, time to first of 128", f"{theirs['ttft_ms']:.0f} ms", f"{one['ttft_ms']:.0f} ms",
-                 f"{theirs['ttft_ms'] / one['ttft_ms']:.2f}"],
-                *[
-                    [f"{c} mixed requests, tokens/s", f"{theirs['static'][str(c)]['tokens_per_s']:.0f} "
-                     f"(static batch of {theirs['static'][str(c)]['batch']})", f"{ours[c]['tokens_per_s']:.0f}",
-                     f"{ours[c]['tokens_per_s'] / theirs['static'][str(c)]['tokens_per_s']:.2f}"]
-                    for c in CONCURRENCY
-                ],
-            ],
-        ),  # fmt: skip
-        f"\ntransformers' continuous batching, 16 requests: {continuous}\n",
-        report.table(
-            ["concurrent", "tokens/s", "TTFT p50 ms", "inter-token p50 ms", "p99 ms"],
-            [[c, *(f"{ours[c][k]:.1f}" for k in ("tokens_per_s", "ttft_p50_ms", "gap_p50_ms", "gap_p99_ms"))]
-             for c in CONCURRENCY],
-        ),  # fmt: skip
-        "",
-        report.table(
-            ["16 streams", "tokens/s", "of bare"],
-            [["bare engine loop", f"{front['rates']['bare']:.0f}", "1"],
-             ["gRPC, HAProxy front", f"{front['rates']['grpc']:.0f}", f"{front['grpc_ratio']:.2f}"],
-             ["HTTP, HAProxy front", f"{front['rates']['http']:.0f}", f"{front['http_ratio']:.2f}"]],
-        ),  # fmt: skip
-        f"\nReady to answer {ready_s:.1f} s after `corral serve` is typed; idle memory of the whole local stack "
-        f"{memory_mib:.0f} MiB (proportional set size of all its processes).",
-        f"\n1A+1E beside single, one thread per rank, one stream: {split_1t['ms_per_token']:.2f} and "
-        f"{single_1t['ms_per_token']:.2f} ms per token: {per_layer_us:+.0f} us per MoE layer.",
-    ]
-    report.write("cpu", "\n".join(lines), values)
-    print("\n".join(lines))
+    found = measure(directory, args)
+    text = render(found, args)
+    report.write("cpu", text, summary(found))
+    print(text)
 
 
 if __name__ == "__main__":

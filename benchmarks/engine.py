@@ -44,7 +44,9 @@ class Trace:
 class Engine:
     """A pipeline that one thread drives. Use as a context manager."""
 
-    def __init__(self, directory: Path, machines: Machines | None = None, devices: Sequence[str] = (), **keys: Any) -> None:
+    def __init__(
+        self, directory: Path, machines: Machines | None = None, devices: Sequence[str] = (), **keys: Any
+    ) -> None:
         config = PipelineConfig.parse({"model": str(directory), **keys})
         model = read_model_config(directory)
         plan = resolve(config, model, machines or local_cpu())

@@ -1,7 +1,7 @@
 """transformers' generate on the same checkpoint and the same requests, as a process of its own.
 
-Prints one JSON object. Greedy, end-of-sequence ignored. Static batches are left-padded to their longest prompt and run to their
-longest output; only the tokens that were asked for count.
+Prints one JSON object. Greedy, end-of-sequence ignored. Static batches are left-padded to their longest prompt and run
+to their longest output; only the tokens that were asked for count.
 
     python benchmarks/peer_transformers.py CHECKPOINT --threads 2
 """
@@ -86,7 +86,9 @@ def main() -> None:
     }
     for concurrency in args.concurrency:
         items = mixed(concurrency, args.vocab)
-        rates = {b: static_rate(model, items, b) for b in (1, 4, 8, 16, 32, 64) if b <= concurrency and b * 8 >= concurrency}
+        rates = {
+            b: static_rate(model, items, b) for b in (1, 4, 8, 16, 32, 64) if b <= concurrency and b * 8 >= concurrency
+        }
         best = max(rates, key=rates.__getitem__)
         result["static"][str(concurrency)] = {"batch": best, "tokens_per_s": rates[best]}
     result["continuous"] = {str(c): continuous_rate(args.checkpoint, dtype, mixed(c, args.vocab)) for c in (16,)}

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-torch.set_num_threads(1)  # tests share few cores with the processes they start; spinning threads would stall all of them
+torch.set_num_threads(
+    1
+)  # tests share few cores with the processes they start; spinning threads would stall all of them
 
 
 @pytest.fixture(autouse=True)

@@ -5,23 +5,15 @@ into the cache and the softmax over what each row may see. What it may see was d
 values are never repeated for grouped queries.
 """
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the name that everybody knows)
 
 from actors.attention.batch import StepInputs
 from actors.attention.kv_cache import LayerCache
+from actors.attention.norm import rms_norm
 from actors.attention.page_groups import DecodeGroup, GroupInputs, PageRun, Run, bottom_right_mask
 from actors.attention.rope import rotate_
 from actors.checkpoint.config import ModelConfig
-
-
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x / rms(x) over the last dimension in fp32, cast to x's dtype, then times `weight` in that dtype."""
-    if x.dtype == torch.float32:
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
-    y = F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype)
-    return y if weight is None else y * weight
 
 
 class Attention:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the name that everybody knows)
 
-from actors.attention.attention import Attention, rms_norm
+from actors.attention.attention import Attention
 from actors.attention.batch import StepInputs
 from actors.attention.kv_cache import KvCache
+from actors.attention.norm import RowNorm
 from actors.checkpoint.config import ModelConfig
 from actors.checkpoint.weights import AttentionWeights, DenseFfn, LayerWeights, MoeGate
 from actors.config import Routing
@@ -64,13 +65,15 @@ class AttentionModel:
         self._config = config
         self._weights = weights
         self._attention = Attention(config)
+        embed_VD = weights.embed_VD
+        self._norm = RowNorm(config.hidden_size, config.rms_norm_eps, embed_VD.dtype, embed_VD.device)
         self._gate = Gate(config, routing)
         self._routers = {
             i: layer.ffn.router_ED.float() for i, layer in enumerate(weights.layers) if isinstance(layer.ffn, MoeGate)
         }
         # [M, E]: routed tokens since they were last taken, counted on the device.
         self._expert_tokens_ME = torch.zeros(
-            len(config.moe_layers), config.num_experts, dtype=torch.int64, device=weights.embed_VD.device
+            len(config.moe_layers), config.num_experts, dtype=torch.int64, device=embed_VD.device
         )
 
     def forward(self, inputs: StepInputs, cache: KvCache, dispatch: Dispatch) -> Tensor:
@@ -80,7 +83,7 @@ class AttentionModel:
         chosen: list[Tensor] = []
         for i, layer in enumerate(self._weights.layers):
             self._add_attention(i, layer, h_TD, inputs, cache)
-            x_TD = rms_norm(h_TD, layer.post_norm_D, self._config.rms_norm_eps)
+            x_TD = self._norm(h_TD, layer.post_norm_D)
             if isinstance(layer.ffn, DenseFfn):
                 _add_ffn(h_TD, x_TD, layer.ffn)
             else:
@@ -90,7 +93,7 @@ class AttentionModel:
 
     def logits(self, h_BD: Tensor) -> Tensor:
         """fp32 [B, V] of rows of `forward`'s result."""
-        x_BD = rms_norm(h_BD, self._weights.final_norm_D, self._config.rms_norm_eps)
+        x_BD = self._norm(h_BD, self._weights.final_norm_D)
         return F.linear(x_BD, self._weights.lm_head_VD).float()
 
     def take_expert_tokens(self) -> dict[int, tuple[int, ...]]:
@@ -109,7 +112,7 @@ class AttentionModel:
     def _add_attention(self, i: int, layer: LayerWeights, h_TD: Tensor, inputs: StepInputs, cache: KvCache) -> None:
         group = inputs.chunked_inputs if self._config.is_chunked(i) else inputs.global_inputs
         assert group is not None, "a layer belongs to a group that the batch has"
-        x_TD = rms_norm(h_TD, layer.input_norm_D, self._config.rms_norm_eps)
+        x_TD = self._norm(h_TD, layer.input_norm_D)
         qkv_TQ = F.linear(x_TD, layer.wqkv_QD)
         uses_rope = i in self._config.rope_layers
         out_TA = self._attention(qkv_TQ, inputs, group, cache.layers[i], uses_rope)

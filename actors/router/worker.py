@@ -17,7 +17,7 @@ import zmq
 
 from actors.checkpoint.config import ModelConfig
 from actors.config import PipelineConfig
-from actors.errors import CorralError, UnavailableError
+from actors.errors import CorralError, RankError, UnavailableError
 from actors.router.epochs import Action, BeginServing, EndEpoch, EpochMachine, Phase, StartRanks, Tell
 from actors.router.fleet import Fleet
 from actors.router.metrics import RouterMetrics
@@ -216,7 +216,11 @@ class Router:
     def _on_result(self, result: StepResult) -> None:
         if self._epoch is None or result.epoch != self._epoch.epoch:
             return
-        self._emit(self._scheduler.complete(result.rank, result.step, result.tokens))
+        try:
+            self._emit(self._scheduler.complete(result.rank, result.step, result.tokens))
+        except RankError as e:  # it does not follow the plan: nothing that it says can be trusted
+            self._act(self._machine.end(str(e), time.time()))
+            return
         self.metrics.step_completed(result)
         for step in self._in_flight:
             if step.step == result.step:

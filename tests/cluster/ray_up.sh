@@ -21,7 +21,7 @@ fi
 RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=~/.corral/ray-token ray status --address 127.0.0.1:6379
 
 say "serve deploy"
-time ray exec cluster/local.yaml '~/corral/cluster/node.sh run serve deploy ~/corral/deploy/local.yaml'
+time ray exec cluster/local.yaml 'serve deploy ~/corral/deploy/local.yaml'
 for attempt in $(seq 300); do
   curl --silent --fail http://127.0.0.1:8000/health && break
   [ "$attempt" -lt 300 ] || { echo "no answer"; exit 1; }

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import venv
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1500)]
 
 @pytest.fixture
 def host() -> Iterator[Path]:
-    """The folder of a host whose root has Corral's environment installed, as `node.sh install` leaves it."""
+    """The folder of a host whose root has what Corral needs installed, as `ray up` leaves it."""
     missing = [name for name in NEEDED if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
     if missing or os.geteuid() != 0:
         pytest.skip(f"needs root and {', '.join(NEEDED)}; missing: {missing}")
@@ -39,14 +40,10 @@ def _install(home: Path) -> None:
     """What `ray up` would download, before the host is cut off from the network; `ray up` then installs the package
     again, from what is there.
     """
-    (home / ".corral").mkdir(parents=True)
-    (home / "corral").symlink_to(ROOT)
-    environment = os.environ | {"HOME": str(home)}
-    subprocess.run(["bash", ROOT / "cluster" / "node.sh", "install"], env=environment, check=True)
-    pip = home / ".corral" / "venv" / "bin" / "pip"
-    subprocess.run([pip, "install", "--quiet", "setuptools>=77"], check=True)
-    (home / "corral").unlink()
-    (home / ".profile").write_text("export CORRAL_PIP_OPTIONS='--no-index --no-build-isolation'\n")
+    environment = home / ".corral" / "venv"
+    venv.create(environment, with_pip=True)
+    subprocess.run([environment / "bin" / "pip", "install", "--quiet", "setuptools>=77", ROOT], check=True)
+    (home / ".bashrc").write_text("export PIP_NO_INDEX=1 PIP_NO_BUILD_ISOLATION=0\n")  # pip's 0 means: no isolation
 
 
 def test_up_deploy_ask_down(host: Path) -> None:

@@ -57,9 +57,7 @@ def test_two_gpus_over_nccl_give_the_tokens_of_the_cpu(
 
 @pytest.mark.gpu(devices=2)
 @pytest.mark.timeout(400)
-def test_a_request_over_grpc_is_answered_from_two_gpus(
-    tmp_path: Path, cpu_tokens: dict[str, list[list[int]]]
-) -> None:
+def test_a_request_over_grpc_is_answered_from_two_gpus(tmp_path: Path, cpu_tokens: dict[str, list[list[int]]]) -> None:
     flags = ["--layout", "disaggregated", "--device", "cuda", "--dtype", "float32", "--max-model-len", "2048"]
     service = launch(tmp_path, "shape:tiny", flags)
     try:

@@ -59,9 +59,7 @@ def test_every_layout_gives_the_tokens_of_transformers(expected: tuple[Path, lis
 def test_preempted_requests_give_the_same_tokens(expected: tuple[Path, list[list[int]]]) -> None:
     """A cache so small that requests are preempted and computed again."""
     directory, tokens = expected
-    with Engine(
-        directory, layout="single", threads_per_rank=1, max_model_len=256, kv_cache_bytes=1 << 20
-    ) as engine:
+    with Engine(directory, layout="single", threads_per_rank=1, max_model_len=256, kv_cache_bytes=1 << 20) as engine:
         traces = engine.run(ITEMS)
         assert [trace.token_ids for trace in traces] == tokens
         assert engine.router.metrics.load is not None

@@ -73,7 +73,10 @@ def test_over_its_limits_the_service_refuses_at_once_and_says_when_to_come_back(
                     outcome = "200", 0.0
                 except grpc.RpcError as e:
                     pushback = dict(e.trailing_metadata() or ()).get("grpc-retry-pushback-ms", "0")
-                    outcome = ("429" if e.code() is grpc.StatusCode.RESOURCE_EXHAUSTED else str(e.code())), float(pushback)
+                    outcome = (
+                        ("429" if e.code() is grpc.StatusCode.RESOURCE_EXHAUSTED else str(e.code())),
+                        float(pushback),
+                    )
         with lock:
             outcomes.append(outcome)
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from actors.attention import attention, batch, local_model, model
-from actors.attention.attention import Attention, rms_norm
+from actors.attention.attention import Attention
 from actors.attention.model import AttentionModel, Choice, Gate
+from actors.attention.norm import rms_norm
 from actors.attention.page_groups import GroupBuilder
 from actors.checkpoint.config import ModelConfig
 from actors.dispatch.local import LocalDispatch, LocalReceipt
