@@ -25,15 +25,25 @@ class Precision:
     kv_bytes: float
 
     @staticmethod
-    def of(model: ModelConfig, name: PrecisionName = "checkpoint", dtype: str = "auto") -> "Precision":
-        """`fp8` quantizes routed experts only, as the official Maverick FP8 checkpoint does; the rest is 16-bit."""
+    def of(
+        model: ModelConfig, name: PrecisionName = "checkpoint", dtype: str = "auto", widens_fp8: bool = False
+    ) -> "Precision":
+        """`fp8` quantizes routed experts only, as the official Maverick FP8 checkpoint does; the rest is 16-bit.
+
+        `widens_fp8`: the device has no fp8 arithmetic, and a rank keeps such weights in the compute dtype (a CPU).
+        """
         if name in _BYTES_OF_DTYPE:
             dtype, quantized = name, False
         else:
             quantized = name == "fp8" or model.quantized == "fp8"
             dtype = model.dtype if dtype == "auto" else dtype
         width = _BYTES_OF_DTYPE[dtype]
-        return Precision(routed_bytes=1 if quantized else width, ffn_bytes=width, dense_bytes=width, kv_bytes=width)
+        return Precision(
+            routed_bytes=1 if quantized and not widens_fp8 else width,
+            ffn_bytes=width,
+            dense_bytes=width,
+            kv_bytes=width,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -70,7 +70,8 @@ def resolve(
 
     Raises LayoutError, with the numbers, if the layout that was asked for (or, for auto, every one) does not fit.
     """
-    footprint = Footprint(model=model, precision=precision or Precision.of(model, dtype=pipeline.dtype))
+    precision = precision or Precision.of(model, dtype=pipeline.dtype, widens_fp8=machines.is_cpu)
+    footprint = Footprint(model=model, precision=precision)
     considered = [assess(split, pipeline, footprint, machines) for split in _splits(pipeline, machines)]
     fitting = [candidate for candidate in considered if not candidate.problem]
     if not fitting:

@@ -23,7 +23,7 @@ Posted = tuple[int, Any]
 """(peer to blame, or UNKNOWN_RANK where it may be any of several; torch's work object)."""
 
 UNKNOWN_RANK = -1
-TAILED_BYTES = 1 << 40
+TAILED_BYTES = 64 * 1024
 TAIL_NUMEL = 8
 CLOSING_TAG = 2**31 - 1
 CLOSING_TIMEOUT = timedelta(milliseconds=1)
@@ -94,10 +94,10 @@ class GlooTransport:
         """Host memory is always current."""
 
     def close(self) -> None:
-        # abort() closes nothing, and the destructor leaves a socket open that is in the midst of a large message. But
-        # a receive whose time is up closes all sockets of its group: this one does, as nobody sends it anything.
+        # abort() closes nothing, nor does the destructor while anybody holds a work. But a receive whose time is up
+        # closes all sockets of its group: this one does, as nobody sends it anything.
         pg, self._pg = self._pg, None
-        if False:
+        if pg is not None and pg.size() > 1:
             with contextlib.suppress(RuntimeError):  # the timeout that is wanted, or a group that had failed before
                 pg.recv([torch.zeros(1)], (pg.rank() + 1) % pg.size(), CLOSING_TAG).wait(CLOSING_TIMEOUT)
 

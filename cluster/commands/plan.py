@@ -65,7 +65,7 @@ def plan(
             "gpu_memory_utilization": gpu_memory_utilization,
         }
     )
-    footprint = Footprint(model=model, precision=Precision.of(model, precision))
+    footprint = Footprint(model=model, precision=Precision.of(model, precision, widens_fp8=machines.is_cpu))
     console = Console()
     console.print(_model_line(footprint))
     considered = candidates(pipeline, footprint, machines)

@@ -179,3 +179,8 @@ def _pages_bytes(footprint: Footprint, num_tokens: int, page_tokens: int) -> int
 def _cpu(memory_bytes: int = 16_000_000_000) -> Machines:
     machines = parse_machines("cpu")
     return replace(machines, accelerator=replace(machines.accelerator, memory_bytes=memory_bytes), cores=2)
+
+
+def test_a_cpu_keeps_fp8_experts_in_the_compute_dtype() -> None:
+    fp8 = resolve(PipelineConfig(), shape_config(SHAPES["tiny"], experts="fp8"), _cpu())
+    assert fp8.weight_bytes == resolve(PipelineConfig(), TINY, _cpu()).weight_bytes

@@ -72,6 +72,17 @@ def test_a_rank_that_leaves_frees_who_waits_for_it(pair: tuple[EpochGroup, Epoch
         pending.wait()
 
 
+def test_leaving_frees_peers_even_if_somebody_holds_a_work(pair: tuple[EpochGroup, EpochGroup]) -> None:
+    arriving = pair[0].post((), [(1, torch.zeros(4))], 0)
+    held = list(pair[1].post((), [(0, torch.zeros(4))], 0).posted)
+    pair[1].leave()
+    start_s = time.monotonic()
+    with pytest.raises(RankError, match="rank 1: lost in epoch 1"):
+        arriving.wait()
+    assert time.monotonic() - start_s < AT_ONCE_S
+    assert held
+
+
 def test_a_rank_that_leaves_in_the_midst_of_a_message_frees_its_receiver(pair: tuple[EpochGroup, EpochGroup]) -> None:
     received = torch.zeros(LARGE_BYTES, dtype=torch.uint8)
     arriving = pair[0].post((), [(1, received)], 0)
