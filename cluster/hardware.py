@@ -111,6 +111,20 @@ def local_cpu() -> Machines:
     return cpu_machine(memory_bytes)
 
 
+def local_machines(device: Device) -> Machines:
+    """This host's GPUs, or its CPU, as `device` says. Raises LayoutError if cuda is asked for in vain."""
+    import torch  # here, so that a plan for other machines does not wait for it
+
+    count = 0 if device == "cpu" else torch.cuda.device_count()
+    if not count:
+        if device == "cuda":
+            raise LayoutError("device cuda was asked for, but this host has no GPU that torch can use")
+        return local_cpu()
+    first = torch.cuda.get_device_properties(0)
+    name = next((known for known in _KNOWN if known in first.name), first.name)
+    return Machines(accelerator=gpu_named(name, first.total_memory), count=count, per_host=count)
+
+
 def cpu_machine(memory_bytes: int) -> Machines:
     """One CPU machine with this much memory and as many cores as this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -6,7 +6,8 @@ Owns their processes. The ranks are the real ones (`actors/rank_loop.py`); only 
 import multiprocessing
 import multiprocessing.connection
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 
 import torch
@@ -15,21 +16,29 @@ from actors.errors import UnavailableError
 from actors.rank import Rank
 from actors.rank_loop import RankLoop
 from actors.types import RankSpec
+from cluster.rank_environment import RANK_ENVIRONMENT
 
 START_TIMEOUT_S = 120.0
 FIRST_LEASE_S = 60.0
 
 
 def _live(rank: int, device: str, threads: int, host: str, pipe: multiprocessing.connection.Connection) -> None:
-    kind, _, number = device.partition(":")
-    if kind == "cuda":  # as in a Ray actor: a rank sees its own GPU and no other
-        os.environ["CUDA_VISIBLE_DEVICES"] = number
-        device = "cuda:0"
     if threads:
         torch.set_num_threads(threads)
     loop = RankLoop(Rank(rank, torch.device(device), host), host, FIRST_LEASE_S)
     pipe.send(loop.start())
     loop.run()
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 class LocalFleet:
@@ -71,10 +80,16 @@ class LocalFleet:
 
     def _start(self, rank: int) -> multiprocessing.connection.Connection:
         ours, theirs = self._context.Pipe(duplex=False)
+        kind, _, number = self._devices[rank].partition(":")
+        environment = dict(RANK_ENVIRONMENT)
+        if kind == "cuda":  # as in a Ray actor: a rank sees its own GPU and no other
+            environment["CUDA_VISIBLE_DEVICES"] = number
+        device = "cuda:0" if kind == "cuda" else kind
         process = self._context.Process(
-            target=_live, args=(rank, self._devices[rank], self._threads, self._host, theirs), daemon=True
+            target=_live, args=(rank, device, self._threads, self._host, theirs), daemon=True
         )
-        process.start()
+        with _environment(environment):  # a spawned process takes it from us, before it imports anything
+            process.start()
         theirs.close()
         self.processes[rank] = process
         return ours

@@ -19,6 +19,7 @@ from actors.errors import UnavailableError
 from actors.expert.actor import ExpertActor
 from actors.types import RankSpec
 from cluster.hardware import Machines, machines_of_nodes
+from cluster.rank_environment import RANK_ENVIRONMENT
 
 log = logging.getLogger("corral.placement")
 
@@ -87,6 +88,7 @@ class RayFleet:
             namespace=NAMESPACE,
             lifetime="detached",
             get_if_exists=True,
+            runtime_env={"env_vars": RANK_ENVIRONMENT},
             num_cpus=CPU_PER_RANK,
             num_gpus=1 if self._device == "cuda" else 0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(

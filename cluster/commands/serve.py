@@ -22,8 +22,10 @@ import click
 import httpx
 import yaml
 
+from actors.checkpoint.config import read_model_config
 from actors.config import PipelineConfig
 from actors.errors import ConfigError, UnavailableError
+from cluster.hardware import local_machines
 from cluster.private_ray import Front, ServicePorts, apply_environment, check_port, free_ports
 from cluster.session import Session, StateFolder, all_sessions, end_family, family_of, open_session, stop_session
 
@@ -98,6 +100,7 @@ def serve(
     if detach:
         _serve_in_background(state)
     else:
+        check_servable(pipeline)
         _serve_here(state, pipeline, ports, front)
 
 
@@ -125,6 +128,23 @@ def status() -> None:
     for session in sessions.values():
         state = _health(session.http_url)[1] if session.is_alive else "gone without a stop; `corral stop` cleans up"
         click.echo(f"{session.http_url}  gRPC {session.grpc_address}  process {session.pid}  {state}")
+
+
+def check_servable(pipeline: PipelineConfig) -> None:
+    """Does what the router will do first, so that a checkpoint that is broken or does not fit is told at once.
+
+    Makes the model that shape:NAME stands for, if need be. Raises CheckpointError, ConfigError, LayoutError.
+    """
+    from actors.checkpoint.index import validate_checkpoint  # here: they import torch, and `corral stop` need not
+    from actors.checkpoint.shape_models import resolve_model_directory
+    from cluster.layout import resolve
+
+    has_weights = pipeline.load == "checkpoint"
+    directory = resolve_model_directory(pipeline.model, with_weights=has_weights)
+    model = read_model_config(directory)
+    if has_weights:
+        validate_checkpoint(directory)
+    click.echo(resolve(pipeline, model, local_machines(pipeline.device)).describe())
 
 
 def _parse_settings(settings: tuple[str, ...]) -> dict[str, Any]:

@@ -72,7 +72,9 @@ def test_a_service_from_start_to_stop(operator: Operator) -> None:
     assert "5 tokens in" in http_answer and "5 tokens in" in grpc_answer
     assert http_answer.splitlines()[1:-1] == grpc_answer.splitlines()[1:-1]  # the same seed, the same text
 
-    chatted = operator.types("chat", "--max-tokens", "3", "--grpc", f"127.0.0.1:{operator.grpc_port}", text="Hi\nAgain\n")
+    chatted = operator.types(
+        "chat", "--max-tokens", "3", "--grpc", f"127.0.0.1:{operator.grpc_port}", text="Hi\nAgain\n"
+    )
     assert chatted.returncode == 0 and chatted.stdout.count("3 tokens in") == 2
 
     second = operator.serve()

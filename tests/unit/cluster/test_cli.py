@@ -74,6 +74,7 @@ def test_every_flag_of_serve_is_a_key_of_the_pipeline(monkeypatch: pytest.Monkey
     """The flags arrive as the configuration says, with nothing lost on the way."""
     served: list[tuple[PipelineConfig, ServicePorts, str]] = []
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(serve_command, "check_servable", lambda pipeline: None)
     monkeypatch.setattr(serve_command, "_serve_here", lambda state, *rest: served.append(rest))
     flags = ["--layout", "disaggregated", "--attention-ranks", "1", "--expert-ranks", "2", "--expert-replicas", "2",
              "--max-model-len", "256", "--max-num-seqs", "4", "--max-num-batched-tokens", "64", "--dtype", "bfloat16",
