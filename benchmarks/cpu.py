@@ -182,7 +182,7 @@ def render(found: dict[str, Any], args: argparse.Namespace) -> str:
         f"\ntransformers' continuous batching, 16 requests: {found['peer']['continuous']['16']}\n",
         report.table(["concurrent", "tokens/s", "TTFT p50 ms", "inter-token p50 ms", "p99 ms"], latencies) + "\n",
         report.table(["16 streams", "tokens/s", "of bare"], served),
-        f"\nReady to answer {found['ready_s']:.1f} s after `corral serve` is typed. Idle memory of the whole local stack: "
+        f"\nReady to answer {found['ready_s']:.1f} s after `corral serve` is typed. Idle memory of the local stack: "
         f"{found['memory_mib']:.0f} MiB (proportional set size of all its processes).\n",
         f"1A+1E beside single, one thread per rank, one stream: {split_ms:.2f} and {single_ms:.2f} ms per token, "
         f"{(split_ms - single_ms) / NUM_MOE_LAYERS * 1e3:+.0f} us per MoE layer.",

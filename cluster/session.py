@@ -18,7 +18,7 @@ from pathlib import Path
 MARK = "CORRAL_SESSION"  # environment variable that every process of a service inherits
 STOP_TIMEOUT_S = 30.0  # a service that has not ended by itself by then is killed
 KILL_TIMEOUT_S = 10.0
-_POLL_S = 0.05
+_POLL_S = 0.1
 _PR_SET_CHILD_SUBREAPER = 36  # of <linux/prctl.h>
 
 
@@ -124,14 +124,18 @@ def stop_session(session: Session) -> int:
 
 
 def family_of(session: Session) -> frozenset[Process]:
-    """All processes of a service but the calling one: its process, what descends from it, and what bears its mark.
+    """All processes of a service but the calling one: its process, what descends from it, what bears its mark, and
+    what has a file of its scratch folder open.
 
-    Both ways are needed: a process that renames itself may overwrite its mark, one whose parent died is nobody's child.
+    No way is enough: one whose parent died is nobody's child, one that renames itself may overwrite its mark.
     """
+    mark = f"{MARK}={session.session_id}".encode()
     children: dict[int, list[int]] = {}
+    family: set[int] = set()
     for pid in _process_ids():
         children.setdefault(_parent(pid), []).append(pid)
-    family = set(_marked(session.session_id))
+        if mark in _environment(pid).split(b"\0") or _has_open(pid, f"{session.scratch}/"):
+            family.add(pid)
     grown = [session.pid] if session.is_alive else []
     while grown:
         pid = grown.pop()
@@ -163,11 +167,6 @@ def end_family(session: Session, family: frozenset[Process], grace_s: float = 3.
     return len(killed)
 
 
-def _marked(session_id: str) -> list[int]:
-    mark = f"{MARK}={session_id}".encode()
-    return [pid for pid in _process_ids() if mark in _environment(pid).split(b"\0")]
-
-
 def _process_ids() -> list[int]:
     return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
 
@@ -177,6 +176,22 @@ def _environment(pid: int) -> bytes:
         return Path(f"/proc/{pid}/environ").read_bytes()
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return b""  # it ended meanwhile (a zombie has no environment), or is another user's
+
+
+def _has_open(pid: int, folder: str) -> bool:
+    """Whether the process has a file under `folder` open; False if it ended meanwhile or is another user's."""
+    try:
+        links = list(Path(f"/proc/{pid}/fd").iterdir())
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return False
+    return any(_target(link).startswith(folder) for link in links)
+
+
+def _target(link: Path) -> str:
+    try:
+        return str(link.readlink())
+    except OSError:
+        return ""  # closed meanwhile
 
 
 def _started_ticks(pid: int) -> int:

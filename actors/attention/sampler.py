@@ -28,7 +28,9 @@ from actors.types import SampledToken, SamplingParams
 
 logger = logging.getLogger(__name__)
 
-GROUP_ELEMENTS = 1 << 23  # logits worked on at once: bounds the workspace, up to 60 bytes per logit, to 480 MiB
+GROUP_ELEMENTS = 1 << 23  # logits worked on at once
+GROUP_BYTES = 60  # of workspace for each of them, at most
+PENALTY_BYTES = 10  # per request and token of the vocabulary: 5, and as many again while the pool grows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +72,12 @@ class SampledBatch:
                     top_logprobs=tuple(zip(ids[:num_top], tops[:num_top], strict=True)),
                 )
         return tokens
+
+
+def workspace_bytes(vocab_size: int, max_requests: int) -> int:
+    """Device memory that sampling may take beside the logits, in bytes."""
+    num_logits = vocab_size * max_requests
+    return GROUP_BYTES * min(GROUP_ELEMENTS, num_logits) + PENALTY_BYTES * num_logits
 
 
 class Sampler:

@@ -14,7 +14,7 @@ from actors.attention.batch import BatchBuilder, StepInputs
 from actors.attention.kv_cache import KvCache, PagePools, fit_page_tokens, plan_pages
 from actors.attention.model import AttentionModel
 from actors.attention.requests import RequestTable
-from actors.attention.sampler import SampledBatch, Sampler
+from actors.attention.sampler import SampledBatch, Sampler, workspace_bytes
 from actors.checkpoint.config import ModelConfig
 from actors.checkpoint.index import validate_checkpoint
 from actors.checkpoint.weights import AttentionWeights, dummy_attention, load_attention, num_weight_bytes
@@ -135,8 +135,10 @@ class AttentionWorker:
         return max(0, free_bytes - spared_bytes - self._workspace_bytes())
 
     def _workspace_bytes(self) -> int:
-        """What a step needs beside weights and cache: a few activations of every token, and logits thrice."""
+        """What a step needs beside weights and cache: activations of every token, logits thrice, and the sampler's."""
         config, tokens = self._config, self._pipeline.max_num_batched_tokens
         widest = max(config.dense_width, config.expert_width * config.experts_per_token, config.hidden_size)
-        logits_bytes = 3 * 4 * config.vocab_size * min(self._pipeline.max_num_seqs, tokens)
-        return 8 * tokens * widest * self._dtype.itemsize + logits_bytes
+        num_sampled = min(self._pipeline.max_num_seqs, tokens)
+        logits_bytes = 3 * 4 * config.vocab_size * num_sampled
+        sampler_bytes = workspace_bytes(config.vocab_size, self._pipeline.max_num_seqs)
+        return 8 * tokens * widest * self._dtype.itemsize + logits_bytes + sampler_bytes

@@ -25,15 +25,13 @@ def quantize_rows(x_ND: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class LayerExperts:
-    """The slots of one MoE layer on this process. Counts the rows that each slot computed."""
+    """The slots of one MoE layer on this process."""
 
     def __init__(self, weights: ExpertWeights, dtype: torch.dtype) -> None:
         self.weights = _for_device(weights, dtype)
         self._dtype = dtype
         self._num_slots = weights.gate_up_SND.shape[0]
         self._is_grouped = _can_group(weights, dtype)
-        self._host_counts = [0] * self._num_slots
-        self._device_counts_S = torch.zeros(self._num_slots, dtype=torch.int64, device=weights.down_SDF.device)
 
     def __call__(self, x_ND: Tensor, slots_N: Tensor) -> Tensor:
         """Row n through the expert in `slots_N[n]`; rows with slot -1 come back as zeros. N may be 0."""
@@ -50,24 +48,15 @@ class LayerExperts:
         y_sorted_ND = self._run_slots(x_ND.index_select(0, order_N), slots, counts)
         return torch.empty_like(y_sorted_ND).index_copy_(0, order_N, y_sorted_ND)
 
-    def take_slot_tokens(self) -> list[int]:
-        """Rows that each slot computed since the last call. Waits for the device."""
-        counts = [host + device for host, device in zip(self._host_counts, self._device_counts_S.tolist(), strict=True)]
-        self._host_counts = [0] * self._num_slots
-        self._device_counts_S.zero_()
-        return counts
-
     def _run_slots(self, x_ND: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
         """Rows sorted by slot: the first `counts[0]` rows are of `slots[0]`, and so on."""
         if len(slots) == 1 and slots[0] >= 0:
-            self._host_counts[slots[0]] += counts[0]
             return self._run_slot(x_ND, slots[0])
         y_ND = torch.zeros_like(x_ND) if slots[0] < 0 else torch.empty_like(x_ND)
         row = 0
         for slot, count in zip(slots, counts, strict=True):
             if slot >= 0:
                 y_ND[row : row + count] = self._run_slot(x_ND[row : row + count], slot)
-                self._host_counts[slot] += count
             row += count
         return y_ND
 
@@ -88,9 +77,7 @@ class LayerExperts:
         """All slots in two grouped matmuls; the host waits for nothing. Padding is sorted to the end."""
         sorted_N, order_N = slots_N.where(slots_N >= 0, self._num_slots).sort(stable=True)
         slots_S = torch.arange(self._num_slots, device=slots_N.device)
-        ends_S = torch.searchsorted(sorted_N, slots_S, right=True)
-        self._device_counts_S += torch.diff(ends_S, prepend=ends_S.new_zeros(1))
-        offsets_S = ends_S.to(torch.int32)
+        offsets_S = torch.searchsorted(sorted_N, slots_S, right=True, out_int32=True)
         w = self.weights
         gate_up_NF = F.grouped_mm(x_ND.index_select(0, order_N), w.gate_up_SND.transpose(1, 2), offs=offsets_S)
         gate_NF, up_NF = gate_up_NF.chunk(2, dim=1)

@@ -1,7 +1,7 @@
 """An expert rank's work: the routed experts of its slots.
 
-Owns the slots' weights, by layer, and how many tokens each expert has computed. Implements ExpertCompute, through
-which dispatch reaches it. Knows nothing of requests, positions or other ranks.
+Owns the slots' weights, by layer. Implements ExpertCompute, through which dispatch reaches it. Knows nothing of
+requests, positions or other ranks.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,13 +28,11 @@ class ExpertWorker:
 
     def __init__(
         self,
-        config: ModelConfig,
         slots: Slots,
         weights: Mapping[int, ExpertWeights],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._num_experts = config.num_experts
         self.slots = dict(slots)
         self.device = device
         self._layers = {layer: LayerExperts(weights[layer], dtype) for layer in slots}
@@ -54,7 +52,7 @@ class ExpertWorker:
             weights = dummy_experts(config, slots, dtype, device, DUMMY_SEED, fp8=config.quantized == "fp8")
         else:
             weights = load_experts(validate_checkpoint(Path(pipeline.model)), config, slots, dtype, device, report)
-        return cls(config, slots, weights, dtype, device)
+        return cls(slots, weights, dtype, device)
 
     @property
     def weight_bytes(self) -> int:
@@ -65,13 +63,3 @@ class ExpertWorker:
     def __call__(self, layer: int, x_ND: Tensor, slots_N: Tensor) -> Tensor:
         """Row n through the expert in slot `slots_N[n]` of `layer`; rows with slot -1 come back as zeros."""
         return self._layers[layer](x_ND, slots_N)
-
-    def take_expert_tokens(self) -> dict[int, tuple[int, ...]]:
-        """Rows computed since the last call, by layer and expert. Waits for the device."""
-        taken = {}
-        for layer, experts in self._layers.items():
-            counts = [0] * self._num_experts
-            for expert, tokens in zip(self.slots[layer], experts.take_slot_tokens(), strict=True):
-                counts[expert] += tokens
-            taken[layer] = tuple(counts)
-        return taken

@@ -1,4 +1,4 @@
-"""`corral serve --detach`, `status`, `ask`, `chat`, `stop` as a person types them, where traces of other Rays abound."""
+"""`corral serve --detach`, `status`, `ask`, `chat`, `stop` as a person types them, amid the traces of other Rays."""
 
 import os
 import signal
@@ -88,17 +88,16 @@ def test_a_service_from_start_to_stop(operator: Operator) -> None:
     assert operator.types("status").stdout == "nothing is served\n"
 
 
-def test_a_service_that_is_killed_takes_everything_with_it(operator: Operator) -> None:
+def test_a_service_that_is_killed_can_be_cleaned_up(operator: Operator) -> None:
+    """Most of it goes at once; Ray's agents look after their parent now and then, and `corral stop` need not wait."""
     assert operator.serve("--front", "proxy").returncode == 0
     family, session = operator.family(), operator.state.read()
     assert session is not None
     os.kill(session.pid, signal.SIGKILL)
-    deadline_s = time.monotonic() + 20
-    while [process for process in family if process.is_alive] and time.monotonic() < deadline_s:
-        time.sleep(0.1)
-    assert not [process for process in family if process.is_alive]
+    time.sleep(1)
     assert "gone without a stop" in operator.types("status").stdout
-    operator.types("stop")
+    assert "nothing of it is left" in operator.types("stop").stdout
+    assert not [process for process in family if process.is_alive]
     assert not Path(session.scratch).exists()
 
 

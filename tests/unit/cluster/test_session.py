@@ -65,8 +65,20 @@ def test_stop_leaves_no_process_even_of_those_that_ignore_it(service: Session, m
     assert stop_session(service) == 0
 
 
+def test_an_orphan_without_a_mark_is_found_by_its_open_files(service: Session, tmp_path: Path) -> None:
+    log = tmp_path / "scratch" / "agent.log"
+    command = ["bash", "-c", f"sleep 600 >{log} & echo $!"]
+    orphan = int(subprocess.run(command, env={}, capture_output=True, check=True).stdout)
+    assert orphan in {member.pid for member in family_of(service)}
+    stop_session(service)
+    assert sessions._started_ticks(orphan) == -1
+
+
 def test_a_later_process_with_the_same_id_is_left_alone(service: Session) -> None:
-    later = Session(**{f: getattr(service, f) for f in Session.__slots__} | {"started_ticks": 1, "session_id": "other"})
+    later = Session(
+        **{f: getattr(service, f) for f in Session.__slots__}
+        | {"started_ticks": 1, "session_id": "other", "scratch": "/nowhere"}
+    )
     assert not later.is_alive
     assert stop_session(later) == 0
     assert service.is_alive
