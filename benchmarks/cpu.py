@@ -22,7 +22,7 @@ from benchmarks import report
 from benchmarks.clients import over_grpc, over_http
 from benchmarks.engine import Engine, Trace, tokens_per_s
 from benchmarks.workload import mixed, single_stream
-from cluster.session import StateFolder, marked_processes
+from cluster.session import StateFolder, family_of
 
 SHAPE = "bench-maverick"
 VOCAB = 8000  # ids of text in that shape
@@ -88,8 +88,7 @@ class Served:
         """Proportional set size of all its processes."""
         session = StateFolder(PORTS[0]).read()
         assert session is not None
-        pids = {session.pid, *marked_processes(session.session_id)}
-        return sum(psutil.Process(pid).memory_full_info().pss for pid in pids) / 2**20
+        return sum(psutil.Process(process.pid).memory_full_info().pss for process in family_of(session)) / 2**20
 
     def run_grpc(self, items: Sequence[Any]) -> list[Trace]:
         return asyncio.run(over_grpc(self.grpc, items))
