@@ -1,6 +1,7 @@
 """Processes and files of a service: found by mark and by descent, ended for certain, forgotten on purpose."""
 
 import os
+import secrets
 import subprocess
 import sys
 import textwrap
@@ -16,7 +17,7 @@ from cluster.session import MARK, Session, StateFolder, all_sessions, family_of,
 _SERVICE = """
     import os, signal, subprocess, sys, time
     child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
-    for environment in ({**os.environ, "CORRAL_SESSION": "abc"}, {"PATH": os.environ["PATH"]}):
+    for environment in ({**os.environ, "CORRAL_SESSION": sys.argv[1]}, {"PATH": os.environ["PATH"]}):
         subprocess.Popen([sys.executable, "-c", child], env=environment, stdout=subprocess.PIPE).stdout.readline()
     print("ready", flush=True)
     signal.pause()
@@ -25,14 +26,15 @@ _SERVICE = """
 
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[Session]:
+    session_id = secrets.token_hex(8)
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(_SERVICE)], stdout=subprocess.PIPE, start_new_session=True
+        [sys.executable, "-c", textwrap.dedent(_SERVICE), session_id], stdout=subprocess.PIPE, start_new_session=True
     )
     assert process.stdout is not None and process.stdout.readline() == b"ready\n"
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     session = Session(
-        session_id="abc",
+        session_id=session_id,
         pid=process.pid,
         started_ticks=sessions._started_ticks(process.pid),
         http_url="http://127.0.0.1:1",
@@ -67,7 +69,7 @@ def test_stop_leaves_no_process_even_of_those_that_ignore_it(service: Session, m
 
 def test_an_orphan_without_a_mark_is_found_by_its_open_files(service: Session, tmp_path: Path) -> None:
     log = tmp_path / "scratch" / "agent.log"
-    command = ["bash", "-c", f"sleep 600 >{log} & echo $!"]
+    command = ["bash", "-c", f"sleep 600 >{log} 2>&1 & echo $!"]
     orphan = int(subprocess.run(command, env={}, capture_output=True, check=True).stdout)
     assert orphan in {member.pid for member in family_of(service)}
     stop_session(service)
