@@ -19,3 +19,10 @@ export RAY_SERVE_ENABLE_HA_PROXY=1
 export RAY_health_check_period_ms=1000
 export RAY_health_check_timeout_ms=2000
 export RAY_health_check_failure_threshold=3
+
+# Ray makes its workers nice by default; here they are what the node is for.
+export RAY_worker_niceness=0
+
+# Replicas are asynchronous throughout: a hop between threads per message would only cost.
+export RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD=0
+export RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP=0

@@ -60,6 +60,11 @@ def apply_environment(environment: MutableMapping[str, str], scratch: Path, fron
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token_file),
             "RAY_USAGE_STATS_ENABLED": "0",
+            # Ray makes its workers nice, and so slower than their own clients on the same cores.
+            "RAY_worker_niceness": "0",
+            # Replicas are asynchronous throughout: a hop between threads per message would only cost.
+            "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+            "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
             # Rank and replica processes are started when they are needed; 16 idle ones would only take memory.
             "RAY_prestart_worker_first_driver": "0",
             "RAY_SERVE_ENABLE_HA_PROXY": "1" if front == "haproxy" else "0",
