@@ -27,7 +27,6 @@ from actors.ingress.telemetry import (
 )
 from actors.ingress.worker import Ingress
 
-
 # One observation of Ray's histogram costs as much as all else that the ingress does for a token: one gap in so many
 # is recorded. A prime, so that streams that take turns are all seen.
 GAPS_PER_OBSERVATION = 17
