@@ -26,6 +26,9 @@ PROTOC     = $(VENV)/protoc/bin/python -m grpc_tools.protoc -I. protos/inference
 .PHONY: serve stop test test-fast test-cluster check bench protos
 .DELETE_ON_ERROR:
 
+# A rank for attention and one for experts, so that tokens take the whole path.
+SERVE_FLAGS ?= --layout disaggregated
+
 serve: $(RUNTIME)
 	$(BIN)/corral serve --detach $(SERVE_FLAGS)
 	$(BIN)/corral ask "What is the capital of France?" --max-tokens 32
