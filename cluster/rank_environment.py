@@ -2,5 +2,5 @@
 
 # OpenMP's threads wait at every barrier by spinning. For ever, as is the default, they spin for a thread that is not
 # running where a rank shares its cores: a step took 867 ms instead of 54 on two busy cores. Not at all, every barrier
-# costs a wake-up: 53 ms instead of 27 on two idle ones. This many turns, some 30 us, keep most of both.
+# costs a wake-up: 53 ms instead of 31 on two idle ones. This many turns keep most of both.
 RANK_ENVIRONMENT = {"GOMP_SPINCOUNT": "10000"}

@@ -27,16 +27,11 @@ from actors.ingress.telemetry import (
 )
 from actors.ingress.worker import Ingress
 
-# One observation of Ray's histogram costs as much as all else that the ingress does for a token: one gap in so many
-# is recorded. A prime, so that streams that take turns are all seen.
-GAPS_PER_OBSERVATION = 17
-
 
 class ServeSink:
     """Puts the ingress's measures on Ray's metrics endpoint, as ray_corral_*."""
 
     def __init__(self) -> None:
-        self._num_gaps = 0
         self._first_token = Histogram(
             "corral_time_to_first_token_seconds",
             "From receipt of a call to its first token",
@@ -56,9 +51,7 @@ class ServeSink:
         self._first_token.observe(seconds)
 
     def token_gap(self, seconds: float) -> None:
-        if self._num_gaps % GAPS_PER_OBSERVATION == 0:
-            self._token_gap.observe(seconds)
-        self._num_gaps += 1
+        self._token_gap.observe(seconds)
 
     def call_ended(self, front: Front, api: Api, outcome: str, seconds: float, prompt: int, generated: int) -> None:
         self._calls.inc(tags={"front": front, "api": api, "outcome": outcome})

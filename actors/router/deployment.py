@@ -28,7 +28,6 @@ from cluster.placement import RayFleet, cluster_machines
 log = logging.getLogger("corral.router")
 
 PUBLISH_S = 1.0
-EXPERTS_PUBLISH_S = 10.0  # a series per layer and expert: thousands, at 50 us each
 
 
 class MetricsPublisher:
@@ -58,7 +57,6 @@ class MetricsPublisher:
         }
         self._expert = Counter("corral_expert_tokens", description="Tokens routed", tag_keys=("layer", "expert"))
         self._published: dict[Any, float] = {}
-        self._next_experts_s = 0.0
 
     def publish(self) -> None:
         """Called about once a second."""
@@ -76,9 +74,6 @@ class MetricsPublisher:
         for name in ("steps", "step_tokens", "generated_tokens", "step_seconds"):
             self._count_up(self._counters[name], name, getattr(metrics, name), {})
         self._count_up(self._counters["preemptions"], "preemptions", load.num_preemptions, {})
-        if time.monotonic() < self._next_experts_s:
-            return
-        self._next_experts_s = time.monotonic() + EXPERTS_PUBLISH_S
         for (layer, expert), total in list(metrics.expert_tokens.items()):
             self._count_up(self._expert, (layer, expert), total, {"layer": str(layer), "expert": str(expert)})
 
