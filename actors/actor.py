@@ -9,47 +9,40 @@ import threading
 
 import ray
 import torch
-from ray.util.placement_group import get_placement_group, remove_placement_group
 
 from actors.rank import Rank
 from actors.rank_loop import RankLoop
+from actors.types import RankEndpoints
+from actors.wire import ChannelKeys
 
 log = logging.getLogger("corral.rank")
 
 
 class RankActor:
-    """A detached actor that outlives the router. Its endpoint is where the router's commands go."""
+    """A detached actor that outlives the router. Its endpoints are where the router's commands go."""
 
-    def __init__(self, rank: int, device: str, threads: int, lease_s: float, group: str) -> None:
+    def __init__(self, rank: int, device: str, threads: int, lease_s: float, secret: bytes | None) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
         if threads:
             torch.set_num_threads(threads)
-        host = ray.util.get_node_ip_address()
-        self._group = group
-        self._loop = RankLoop(Rank(rank, torch.device(device), host), host, lease_s)
-        self._endpoint = self._loop.start()
+        keys = ChannelKeys.from_secret(secret) if secret else None
+        self._loop = RankLoop(Rank(rank, torch.device(device), ray.util.get_node_ip_address(), keys), lease_s)
+        self._endpoints = self._loop.start()
         self._ended = threading.Event()
         threading.Thread(target=self._run, name="rank", daemon=True).start()
 
-    def endpoint(self) -> str:
-        return self._endpoint
+    def endpoints(self) -> RankEndpoints:
+        return self._endpoints
 
     def watch(self) -> None:
         """Never returns while the rank lives: whoever awaits it learns of its death at once."""
         self._ended.wait()
 
     def _run(self) -> None:
+        """A rank without its loop is no rank: the process ends with it."""
         try:
             self._loop.run()
         except BaseException:
             log.exception("the rank's loop failed")
-            os._exit(1)  # a rank without its loop is no rank; the router starts another
-        self._release_resources()
-
-    def _release_resources(self) -> None:
-        """The lease is over, so the application is gone: give back what was reserved for it, and go."""
-        try:
-            remove_placement_group(get_placement_group(self._group))
-        except ValueError:
-            log.info("placement group %s is gone already", self._group)
+            os._exit(1)
         os._exit(0)

@@ -33,7 +33,10 @@ class PipelineConfig:
     attention_ranks: int = 1
     expert_ranks: int = 1
     expert_replicas: int = 1  # copies of every expert, on different ranks
+    expert_slots: int = 0  # per layer on each expert rank, spare ones included; 0 is what the fewest ranks need
     device: Device = "auto"
+    attention_resources: dict[str, float] = field(default_factory=dict)  # Ray resources a rank asks for beside its GPU
+    expert_resources: dict[str, float] = field(default_factory=dict)
     threads_per_rank: int = 0  # CPU threads of each rank; 0 divides the machine's cores
 
     dtype: DType = "auto"  # compute dtype of unquantized weights; auto is the checkpoint's
@@ -50,7 +53,9 @@ class PipelineConfig:
 
     step_timeout_s: float = 10.0  # a step that takes longer has lost a rank
     group_timeout_s: float = 5.0  # one collective operation
-    join_timeout_s: float = 10.0
+    join_timeout_s: float = 5.0  # to form the group of an epoch
+    rank_silence_s: float = 2.0  # a rank that answers nothing for this long is lost
+    recovery_timeout_s: float = 120.0  # without an epoch for this long, open requests end with UNAVAILABLE
     lease_s: float = 30.0  # a rank that hears no router for this long exits
     ingress_lease_s: float = 5.0  # requests of an ingress that is silent for this long are cancelled
 
@@ -66,10 +71,11 @@ class PipelineConfig:
                     "page_tokens"):  # fmt: skip
             if getattr(self, key) < 1:
                 raise ConfigError(key, "must be at least 1")
-        for key in ("threads_per_rank", "max_model_len", "max_queued_requests", "kv_cache_bytes"):
+        for key in ("threads_per_rank", "max_model_len", "max_queued_requests", "kv_cache_bytes", "expert_slots"):
             if getattr(self, key) < 0:
                 raise ConfigError(key, "must not be negative")
-        for key in ("step_timeout_s", "group_timeout_s", "join_timeout_s", "lease_s", "ingress_lease_s"):
+        for key in ("step_timeout_s", "group_timeout_s", "join_timeout_s", "rank_silence_s", "recovery_timeout_s",
+                    "lease_s", "ingress_lease_s"):  # fmt: skip
             if not getattr(self, key) > 0:
                 raise ConfigError(key, "must be above 0 seconds")
         if not 0 < self.gpu_memory_utilization <= 1:
@@ -78,6 +84,44 @@ class PipelineConfig:
     def as_dict(self) -> dict[str, Any]:
         """The config as plain data, for the wire and for `parse`."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalingConfig:
+    """Between which bounds the pipeline scales itself, and when. All of it may change while it serves.
+
+    Bounds of 0 are the layout's own numbers: no scaling. Colocated ranks scale by the bounds of experts.
+    """
+
+    min_experts: int = 0  # expert ranks
+    max_experts: int = 0
+    min_attention: int = 0  # attention ranks
+    max_attention: int = 0
+    upscale_delay_s: float = 10.0  # more is wanted for this long before a rank is added
+    downscale_delay_s: float = 120.0  # less is enough for this long before one is taken away
+    target_queue_s: float = 1.0  # requests should not wait for admission longer than this
+    target_kv_used_fraction: float = 0.8  # of the fuller page group: above it another attention rank is wanted
+    target_step_ms: float = 0.0  # steps slower than this want another expert rank; 0: only the queue does
+    rebalance: bool = True  # give hot experts more replicas
+    rebalance_interval_s: float = 10.0  # least time between two changes for the sake of balance
+    rebalance_gain: float = 0.1  # least fall of the busiest rank's share that is worth a change
+
+    @staticmethod
+    def parse(values: dict[str, Any]) -> "ScalingConfig":
+        """Builds a config from plain data. Raises ConfigError on an unknown key or a value out of bounds."""
+        config: ScalingConfig = _convert(values, ScalingConfig)
+        for key in ("min_experts", "max_experts", "min_attention", "max_attention", "upscale_delay_s",
+                    "downscale_delay_s", "target_step_ms", "rebalance_interval_s", "rebalance_gain"):  # fmt: skip
+            if getattr(config, key) < 0:
+                raise ConfigError(key, "must not be negative")
+        for low, high in (("min_experts", "max_experts"), ("min_attention", "max_attention")):
+            if 0 < getattr(config, high) < getattr(config, low):
+                raise ConfigError(high, f"must be at least {low}, which is {getattr(config, low)}")
+        if not config.target_queue_s > 0:
+            raise ConfigError("target_queue_s", "must be above 0 seconds")
+        if not 0 < config.target_kv_used_fraction <= 1:
+            raise ConfigError("target_kv_used_fraction", "must be in (0, 1]")
+        return config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +138,7 @@ class IngressConfig:
         0  # least time between two messages of a stream; tokens that come meanwhile travel together
     )
     extra_model_names: tuple[str, ...] = field(default=())
+    api_keys_file: str = ""  # on every node with an ingress; one key per line, of which clients must show one
 
     @staticmethod
     def parse(values: dict[str, Any]) -> "IngressConfig":

@@ -30,6 +30,10 @@ class BodyTooLargeError(RequestError):
     """A request's body is larger than the front reads."""
 
 
+class UnauthenticatedError(CorralError):
+    """The client did not show a key that is known here."""
+
+
 class ModelNotFoundError(CorralError):
     """The client asked for a model that is not served here."""
 
@@ -113,3 +117,12 @@ class RankError(CorralError):
 
     def __str__(self) -> str:
         return f"rank {self.rank}: {self.problem}"
+
+
+class UnreachableError(RankError):
+    """A rank cannot reach some of its peers, though others may."""
+
+    def __init__(self, rank: int, peers: tuple[int, ...]) -> None:
+        super().__init__(rank, f"cannot reach rank {', '.join(map(str, peers))}")
+        self.args = (rank, peers)
+        self.peers = peers

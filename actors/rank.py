@@ -2,14 +2,20 @@
 
 Owns which worker does what on this rank, and its dispatch in the epoch. Knows nothing of sockets or leases
 (`rank_loop.py`), and leaves the mathematics to `attention/`, `expert/` and `dispatch/`.
+
+Two threads call it: one runs `join` and `step` in order; the other runs `load`, `prepare` and `interrupt` beside it.
 """
 
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from msgspec import structs
 
+from actors.attention.kv_cache import PagePools
 from actors.attention.worker import AttentionWorker
 from actors.checkpoint.config import ModelConfig, read_model_config
 from actors.config import PipelineConfig
@@ -18,106 +24,206 @@ from actors.dispatch.contract import Dispatch, build_routing_table
 from actors.dispatch.group import EpochGroup
 from actors.dispatch.local import LocalDispatch
 from actors.dispatch.rows import TokenShape
-from actors.errors import RankError
+from actors.errors import RankError, UnreachableError
 from actors.expert.worker import ExpertWorker
 from actors.precision import compute_dtype
-from actors.types import Epoch, Loaded, RankSpec, SampledToken, StepPlan, StepResult
+from actors.types import Epoch, Loaded, RankSpec, SampledToken, SlotSource, StepPlan, StepResult
+from actors.wire import ChannelKeys
 
 EXPERT_REPORT_S = 1.0
+REACH_TIMEOUT_S = 1.0  # to open a connection to a peer, before an epoch is joined
+NO_EPOCH = 0
+
+
+@dataclass(slots=True)
+class _Held:
+    """What is in memory: the weights of `spec`, made for `pipeline`."""
+
+    spec: RankSpec
+    pipeline: PipelineConfig
+    model: ModelConfig
+    attention: AttentionWorker | None
+    experts: ExpertWorker | None
+    pools: PagePools | None
 
 
 class Rank:
-    """One process of the pipeline, in whichever roles its spec says. Called by one thread at a time."""
+    """One process of the pipeline, in whichever roles its spec says."""
 
-    def __init__(self, rank: int, device: torch.device, address: str) -> None:
-        """`address`: this host's own IP, where its group's peers reach it."""
+    def __init__(self, rank: int, device: torch.device, address: str, keys: ChannelKeys | None = None) -> None:
+        """`address`: this host's own IP, where its group's peers reach it. `keys`: of the pipeline's channels."""
         self.rank = rank
+        self.address = address
+        self.keys = keys
         self._device = device
         self._group = EpochGroup(device, address)
-        self._spec: RankSpec | None = None
-        self._pipeline: PipelineConfig | None = None
-        self._model: ModelConfig | None = None
-        self._attention: AttentionWorker | None = None
-        self._experts: ExpertWorker | None = None
-        self._loaded: Loaded | None = None
+        self._held: _Held | None = None
         self._prepared: Epoch | None = None
-        self._epoch_number = 0
+        self._epoch: Epoch | None = None
+        self._position = 0  # in the epoch
+        self._last_over = NO_EPOCH  # plans of this epoch and of those before it are dropped
+        self._taken_step = 0  # the last step whose plan was taken in: it may have to be run again, not taken in again
         self._collective: CollectiveDispatch | None = None
         self._dispatch: Dispatch | None = None
         self._next_report_s = 0.0
 
-    def load(self, spec: RankSpec, pipeline: PipelineConfig, report: Callable[[int, int], None]) -> Loaded:
-        """Reads (or makes) the weights of `spec`; returns at once where they are held already.
+    @property
+    def spec(self) -> RankSpec | None:
+        """What it holds: every expert that lies in a slot, whether an epoch names it or not."""
+        held = self._held
+        if held is None or held.experts is None:
+            return held.spec if held else None
+        return structs.replace(held.spec, slots=held.experts.slots)
 
-        `report` gets bytes done and bytes in all. Raises CheckpointError, ConfigError.
+    @property
+    def experts(self) -> ExpertWorker | None:
+        return self._held.experts if self._held else None
+
+    # --- beside the steps ---------------------------------------------------------------------------------------------
+
+    def holds(self, spec: RankSpec, pipeline: PipelineConfig) -> bool:
+        """Whether `load` would have nothing to do."""
+        return self._held is not None and (self._held.spec, self._held.pipeline) == (spec, pipeline)
+
+    def load(
+        self,
+        spec: RankSpec,
+        pipeline: PipelineConfig,
+        sources: Sequence[SlotSource],
+        report: Callable[[int, int], None],
+    ) -> None:
+        """Reads (or copies from peers, or makes) what `spec` names and is not there yet, beside serving.
+
+        `report` gets bytes done and bytes in all. Raises CheckpointError, ConfigError; RankError where a slot that
+        serves would change.
         """
-        if self._loaded is not None and (spec, pipeline) == (self._spec, self._pipeline):
-            return self._loaded
-        self._attention = self._experts = self._loaded = None
+        held = self._held
+        if held is None or held.pipeline != pipeline or held.spec.roles != spec.roles:
+            if self._epoch is not None:
+                raise RankError(self.rank, "cannot become another rank while it serves")
+            self._held = None  # before its successor takes the memory
+            self._held = self._load_all(spec, pipeline, sources, report)
+        elif held.experts is not None and held.spec.slots != spec.slots:
+            epoch = self._epoch
+            in_use = epoch.ranks[self._position].slots if epoch and epoch.epoch > self._last_over else {}
+            try:
+                held.experts.change(spec.slots, in_use, sources, report)
+            except ValueError as e:
+                raise RankError(self.rank, str(e)) from e
+            held.spec = spec
+
+    def _load_all(
+        self,
+        spec: RankSpec,
+        pipeline: PipelineConfig,
+        sources: Sequence[SlotSource],
+        report: Callable[[int, int], None],
+    ) -> _Held:
         model = read_model_config(Path(pipeline.model))
+        experts = attention = pools = None
         if "expert" in spec.roles:
-            self._experts = ExpertWorker.load(model, pipeline, spec.slots, self._device, report)
+            experts = ExpertWorker.load(model, pipeline, spec.slots, self._device, report, sources, self.keys)
         if "attention" in spec.roles:  # last, for its cache takes what memory is left
-            self._attention = AttentionWorker.load(model, pipeline, self._device, report)
-        pools = self._attention.allocate_cache() if self._attention else None
-        self._spec, self._pipeline, self._model = spec, pipeline, model
-        self._loaded = Loaded(
+            attention = AttentionWorker.load(model, pipeline, self._device, report)
+            pools = attention.allocate_cache()
+        return _Held(spec, pipeline, model, attention, experts, pools)
+
+    def loaded(self, epoch: int) -> Loaded:
+        """The answer to a Load for `epoch`."""
+        held = self._loaded_state()
+        pools = held.pools
+        return Loaded(
             rank=self.rank,
-            weight_bytes=sum(worker.weight_bytes for worker in (self._attention, self._experts) if worker),
+            epoch=epoch,
+            weight_bytes=sum(worker.weight_bytes for worker in (held.attention, held.experts) if worker),
             page_tokens=pools.page_tokens if pools else 0,
             global_pages=pools.global_pages if pools else 0,
             chunked_pages=pools.chunked_pages if pools else 0,
+            proofs=held.experts.proofs(held.spec.slots) if held.experts else {},
         )
-        return self._loaded
 
     def prepare(self, epoch: Epoch) -> None:
-        """First phase: all that may be slow. Raises RankError if this rank does not hold what the epoch says."""
-        if self._loaded is None or epoch.ranks[self.rank] != self._spec:
+        """First phase: all that may be slow. Raises RankError if this rank does not hold what the epoch says, and
+        UnreachableError if a peer's host does not answer.
+        """
+        held = self._loaded_state()
+        if epoch.ranks[epoch.position(self.rank)] != held.spec:
             raise RankError(self.rank, f"does not hold the slots that epoch {epoch.epoch} names")
+        self._reach_peers(epoch)
         if epoch.store:
             self._group.prepare(epoch.store)
         self._prepared = epoch
 
-    def join(self, epoch_number: int) -> None:
-        """Second phase: forms the group and forgets all requests. Raises RankError."""
-        epoch, model, pipeline = self._prepared, self._model, self._pipeline
-        if epoch is None or epoch.epoch != epoch_number or model is None or pipeline is None:
+    def _reach_peers(self, epoch: Epoch) -> None:
+        """Opens a connection to each peer once: a cut is found here, with a name, and not in the group, without."""
+        deaf = []
+        for spec, endpoint in zip(epoch.ranks, epoch.endpoints, strict=False):
+            if spec.rank == self.rank:
+                continue
+            host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+            try:
+                socket.create_connection((host, int(port)), REACH_TIMEOUT_S).close()
+            except OSError:
+                deaf.append(spec.rank)
+        if deaf:
+            raise UnreachableError(self.rank, tuple(deaf))
+
+    def interrupt(self, epoch: int | None = None) -> None:
+        """Epoch `epoch`, or whichever this rank is in, is over: a step that waits for peers fails now."""
+        current = self._epoch.epoch if self._epoch else NO_EPOCH
+        self._last_over = max(self._last_over, current if epoch is None else epoch)
+        if self._epoch is not None and current <= self._last_over:
+            self._group.interrupt()
+
+    # --- in the order of the plans ------------------------------------------------------------------------------------
+
+    def join(self, epoch_number: int, fresh: bool) -> None:
+        """Second phase: forms the group; forgets all requests if `fresh`. Raises RankError."""
+        epoch, held = self._prepared, self._loaded_state()
+        if epoch is None or epoch.epoch != epoch_number:
             raise RankError(self.rank, f"epoch {epoch_number} was not prepared")
-        slots_of_rank = {spec.rank: spec.slots for spec in epoch.ranks}
-        routing = build_routing_table(slots_of_rank, model.moe_layers, model.num_experts, self._device)
-        self._collective = self._dispatch = None
+        self.leave()
+        self._position = epoch.position(self.rank)
+        slots_of_position = {position: spec.slots for position, spec in enumerate(epoch.ranks)}
+        routing = build_routing_table(slots_of_position, held.model.moe_layers, held.model.num_experts, self._device)
         if len(epoch.ranks) == 1:
-            assert self._experts is not None, "a single rank has both roles"
-            self._dispatch = LocalDispatch(self._experts, routing)
+            assert held.experts is not None, "a single rank has both roles"
+            self._dispatch = LocalDispatch(held.experts, routing)
         else:
-            self._group.join(
-                epoch.epoch, self.rank, len(epoch.ranks), pipeline.join_timeout_s, pipeline.group_timeout_s
-            )
+            pipeline, size = held.pipeline, len(epoch.ranks)
+            self._group.join(epoch.epoch, self._position, size, pipeline.join_timeout_s, pipeline.group_timeout_s)
             shape = TokenShape(
-                hidden=model.hidden_size,
-                experts_per_token=model.experts_per_token,
-                dtype=compute_dtype(model, pipeline),
+                hidden=held.model.hidden_size,
+                experts_per_token=held.model.experts_per_token,
+                dtype=compute_dtype(held.model, pipeline),
                 device=self._device,
             )
-            attention_ranks = epoch.of_role("attention")
-            self._collective = CollectiveDispatch(self._group, routing, self._experts, attention_ranks, shape)
+            attention_positions = epoch.positions_of("attention")
+            self._collective = CollectiveDispatch(self._group, routing, held.experts, attention_positions, shape)
             self._dispatch = self._collective
-        if self._attention is not None:
-            self._attention.start_epoch(self._dispatch)
-        self._epoch_number = epoch_number
+        if held.experts is not None:
+            held.experts.free_replaced()
+        if held.attention is not None:
+            held.attention.start_epoch(self._dispatch, fresh)
+        if fresh:
+            self._taken_step = 0
+        self._epoch = epoch
 
     def leave(self) -> None:
         """Ends this rank's part in its epoch; peers that wait for it get an error at once."""
+        self._epoch = None
+        self._collective = self._dispatch = None
         self._group.leave()
-        self._epoch_number = 0
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> StepResult | None:
         """Runs one step; expert ranks answer nothing. A plan of an epoch that is over is dropped.
 
-        Raises RankError when a peer is lost: the epoch is over for this rank then.
+        Raises RankError when a peer is lost: the epoch is over for this rank then. What it keeps of its requests is as
+        the last step that it answered left them, and the plan after that taken in.
         """
-        if plan.epoch != self._epoch_number:
+        epoch = self._epoch
+        if epoch is None or plan.epoch != epoch.epoch or plan.epoch <= self._last_over:
             return None
         began_s = time.perf_counter()
         try:
@@ -138,20 +244,28 @@ class Rank:
 
     def _run(self, plan: StepPlan) -> list[SampledToken]:
         """A rank with tokens computes its own part; one without serves the others' tokens, layer after layer."""
-        if plan.tokens_of_rank[self.rank]:
-            assert plan.rank_plan and self._attention and self._dispatch, "only attention ranks bring tokens"
+        attention = self._loaded_state().attention
+        if plan.rank_plan is not None and plan.step > self._taken_step:
+            assert attention is not None, "only attention ranks have a part in the plan"
+            attention.take_in(plan.rank_plan)
+            self._taken_step = plan.step
+        if plan.tokens_of_rank[self._position]:
+            assert plan.rank_plan and attention and self._dispatch, "only attention ranks bring tokens"
             self._dispatch.begin_step(plan.tokens_of_rank)
-            return self._attention.step(plan.rank_plan)
+            return attention.run(plan.rank_plan)
         if self._collective is not None:
             self._collective.serve_step(plan.tokens_of_rank)
-        if plan.rank_plan and self._attention:
-            self._attention.take_in(plan.rank_plan)
         return []
+
+    def _loaded_state(self) -> _Held:
+        if self._held is None:
+            raise RankError(self.rank, "has loaded nothing")
+        return self._held
 
     def _expert_tokens(self) -> dict[int, tuple[int, ...]]:
         """Tokens by expert since the last report, about once a second."""
-        now_s = time.monotonic()
-        if self._attention is None or now_s < self._next_report_s:
+        attention, now_s = self._loaded_state().attention, time.monotonic()
+        if attention is None or now_s < self._next_report_s:
             return {}
         self._next_report_s = now_s + EXPERT_REPORT_S
-        return self._attention.take_expert_tokens()
+        return attention.take_expert_tokens()

@@ -1,59 +1,128 @@
 """The life of a rank: commands in, answers out, until nobody renews its lease.
 
-Owns the command socket and the lease. What a command does is `rank.py`'s. One router at a time: answers go to
-whoever spoke last, so a router that restarts takes over by speaking.
+Owns the rank's sockets, their threads and the lease. What a command does is `rank.py`'s. Plans and joins run one by one
+in the thread of the steps socket. Everything else comes over the control socket, which always answers: what takes long
+(loading, preparing) runs in a third thread beside the steps.
+
+One router at a time: a rank obeys who attached with the highest term, so a router that was replaced is not heard.
 """
 
 import logging
+import queue
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import zmq
 
 from actors.config import PipelineConfig
-from actors.errors import CheckpointError, ConfigError, CorralError
+from actors.errors import CheckpointError, ConfigError, CorralError, UnreachableError
+from actors.expert.weight_server import WeightServer
 from actors.rank import Rank
-from actors.types import Beat, Failed, FromRank, Join, Joined, Load, Loaded, Prepare, Prepared, Progress, StepPlan
+from actors.types import (
+    Alive,
+    Attach,
+    Attached,
+    Beat,
+    Failed,
+    FromRank,
+    Join,
+    Joined,
+    Leave,
+    Load,
+    Prepare,
+    Prepared,
+    Progress,
+    RankEndpoints,
+    StepPlan,
+    ToRank,
+)
 from actors.wire import FROM_RANK, TO_RANK, bind_any, open_socket
 
 log = logging.getLogger("corral.rank")
 
-POLL_MS = 500
+POLL_MS = 200
 PROGRESS_S = 0.5
+ANSWERS = "inproc://answers"
 
 
 class RankLoop:
-    """Serves one rank's commands. `start` binds and returns the endpoint; `run` returns when the lease runs out or
+    """Serves one rank's commands. `start` binds and returns the endpoints; `run` returns when the lease runs out or
     `stop` was called.
     """
 
-    def __init__(self, rank: Rank, host: str, lease_s: float) -> None:
+    def __init__(self, rank: Rank, lease_s: float) -> None:
         self._rank = rank
-        self._host = host
         self._lease_s = lease_s
         self._context: zmq.Context[Any] = zmq.Context()
-        self._router = b""
+        self._router = b""  # identity of the router that is obeyed, the same on both sockets
+        self._term = -1
         self._heard_s = time.monotonic()
         self._stopping = threading.Event()
+        self._tasks: queue.SimpleQueue[Callable[[], FromRank] | None] = queue.SimpleQueue()
+        self._crash: BaseException | None = None
 
-    def start(self) -> str:
-        self._socket = open_socket(self._context, zmq.ROUTER)
-        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        return bind_any(self._socket, self._host)
+    def start(self) -> RankEndpoints:
+        self._control = open_socket(self._context, zmq.ROUTER, self._rank.keys, server=True)
+        self._steps = open_socket(self._context, zmq.ROUTER, self._rank.keys, server=True)
+        for server in (self._control, self._steps):
+            server.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self._answers = open_socket(self._context, zmq.PULL)  # from the task thread, to be sent by the control thread
+        self._answers.bind(ANSWERS)
+        self._weights = WeightServer(self._rank.address, lambda: self._rank.experts, self._rank.keys)
+        return RankEndpoints(
+            control=bind_any(self._control, self._rank.address),
+            steps=bind_any(self._steps, self._rank.address),
+            weights=self._weights.start(),
+        )
 
     def stop(self) -> None:
         self._stopping.set()
 
     def run(self) -> None:
-        """Handles commands one by one, in order."""
+        """Serves the control socket in this thread, steps and tasks in two others. Raises what broke one of them."""
+        threads = [
+            threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True)
+            for name, work in (("steps", self._run_steps), ("tasks", self._run_tasks))
+        ]
+        for thread in threads:
+            thread.start()
         try:
-            while not self._stopping.is_set() and self._lease_holds():
-                if self._socket.poll(POLL_MS):
-                    self._handle(self._receive())
+            self._run_control()
         finally:
+            self._stopping.set()
+            self._tasks.put(None)
+            self._rank.interrupt()
+            threads[0].join()  # the task thread may be reading for long: it is a daemon, and the process ends
             self._rank.leave()
-            self._context.destroy(linger=0)
+            self._weights.stop()
+            for server in (self._control, self._steps, self._answers):
+                server.close(linger=0)
+        if self._crash is not None:
+            raise self._crash
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        """A thread that fails ends the rank: half of one would only look alive."""
+        try:
+            work()
+        except BaseException as e:
+            self._crash = e
+            self._stopping.set()
+
+    # --- control ------------------------------------------------------------------------------------------------------
+
+    def _run_control(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._control, zmq.POLLIN)
+        poller.register(self._answers, zmq.POLLIN)
+        while not self._stopping.is_set() and self._lease_holds():
+            ready = dict(poller.poll(POLL_MS))
+            if self._answers in ready:
+                self._control.send_multipart([self._router, self._answers.recv()])
+            if self._control in ready:
+                identity, data = self._control.recv_multipart()
+                self._on_control(identity, TO_RANK.decode(data))
 
     def _lease_holds(self) -> bool:
         silent_s = time.monotonic() - self._heard_s
@@ -62,66 +131,102 @@ class RankLoop:
         log.warning("no router for %.0f s: the lease is over", silent_s)
         return False
 
-    def _receive(self) -> Any:
-        self._router, data = self._socket.recv_multipart()
+    def _on_control(self, identity: bytes, message: ToRank) -> None:
+        if isinstance(message, Attach) and message.term > self._term:
+            self._router, self._term = identity, message.term
+            self._rank.interrupt()  # nobody waits for the steps of the router before
+        if identity != self._router:
+            return
         self._heard_s = time.monotonic()
-        return TO_RANK.decode(data)
+        match message:
+            case Beat():
+                self._reply(Alive(rank=self._rank.rank))
+            case Attach():
+                self._reply(Attached(rank=self._rank.rank, spec=self._rank.spec))
+            case Leave(epoch=epoch):
+                self._rank.interrupt(epoch)
+            case Load():
+                self._tasks.put(lambda: self._load(message))
+            case Prepare():
+                self._tasks.put(lambda: self._prepare(message))
 
-    def _handle(self, message: Any) -> None:
+    def _reply(self, message: FromRank) -> None:
+        self._control.send_multipart([self._router, FROM_RANK.encode(message)])
+
+    # --- beside the steps ---------------------------------------------------------------------------------------------
+
+    def _run_tasks(self) -> None:
+        """Carries tasks out in their order; their answers go through the control thread."""
+        self._out = open_socket(self._context, zmq.PUSH)
+        self._out.connect(ANSWERS)
         try:
-            match message:
-                case Beat():
-                    return
-                case StepPlan():
-                    result = self._rank.step(message)
-                    if result is not None:
-                        self._answer(result)
-                case Load(pipeline=pipeline):
-                    self._answer(self._load(message, PipelineConfig.parse(pipeline)))
-                case Prepare(epoch=epoch):
-                    self._rank.prepare(epoch)
-                    self._answer(Prepared(rank=self._rank.rank, epoch=epoch.epoch))
-                case Join(epoch=number):
-                    self._rank.join(number)
-                    self._answer(Joined(rank=self._rank.rank, epoch=number))
-        except CorralError as e:
-            self._answer(self._failure(message, str(e), isinstance(e, CheckpointError | ConfigError)))
-        except Exception as e:
-            # The router must hear of it, whatever it was; then the process dies with its cause in the log.
-            self._answer(self._failure(message, f"{type(e).__name__}: {e}", False))
-            raise
+            while (task := self._tasks.get()) is not None:
+                self._out.send(FROM_RANK.encode(task()))
+        finally:
+            self._out.close(linger=0)
 
-    def _load(self, message: Load, pipeline: PipelineConfig) -> Loaded:
-        """Loads in a thread of its own, so that progress is told and the lease renewed meanwhile."""
-        self._lease_s = pipeline.lease_s
-        outcome: list[Loaded | BaseException] = []
-        done = (0, 0)
+    def _load(self, message: Load) -> FromRank:
+        next_report_s = 0.0
 
         def report(done_bytes: int, total_bytes: int) -> None:
-            nonlocal done
-            done = (done_bytes, total_bytes)
+            nonlocal next_report_s
+            if time.monotonic() >= next_report_s:
+                next_report_s = time.monotonic() + PROGRESS_S
+                progress = Progress(rank=self._rank.rank, done_bytes=done_bytes, total_bytes=total_bytes)
+                self._out.send(FROM_RANK.encode(progress))
 
-        def load() -> None:
-            try:
-                outcome.append(self._rank.load(message.spec, pipeline, report))
-            except BaseException as e:
-                outcome.append(e)
-                raise
+        try:
+            pipeline = PipelineConfig.parse(message.pipeline)
+            self._lease_s = pipeline.lease_s
+            if not self._rank.holds(message.spec, pipeline):
+                self._rank.load(message.spec, pipeline, message.sources, report)
+            return self._rank.loaded(message.epoch)
+        except CorralError as e:
+            return self._failure(message.epoch, e)
 
-        thread = threading.Thread(target=load, name="load", daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(PROGRESS_S if done[1] else 0.02)
-            if thread.is_alive() and done[1]:
-                self._answer(Progress(rank=self._rank.rank, done_bytes=done[0], total_bytes=done[1]))
-        self._heard_s = time.monotonic()
-        if isinstance(outcome[0], BaseException):
-            raise outcome[0]
-        return outcome[0]
+    def _prepare(self, message: Prepare) -> FromRank:
+        try:
+            self._rank.prepare(message.epoch)
+        except CorralError as e:
+            return self._failure(message.epoch.epoch, e)
+        return Prepared(rank=self._rank.rank, epoch=message.epoch.epoch)
 
-    def _failure(self, message: Any, problem: str, fatal: bool) -> Failed:
-        epoch = message.epoch.epoch if isinstance(message, Prepare) else getattr(message, "epoch", 0)
-        return Failed(rank=self._rank.rank, epoch=epoch, problem=problem, fatal=fatal)
+    # --- steps --------------------------------------------------------------------------------------------------------
 
-    def _answer(self, message: FromRank) -> None:
-        self._socket.send_multipart([self._router, FROM_RANK.encode(message)])
+    def _run_steps(self) -> None:
+        while not self._stopping.is_set():
+            if not self._steps.poll(POLL_MS):
+                continue
+            identity, data = self._steps.recv_multipart()
+            if identity == self._router:
+                answer = self._on_step(TO_RANK.decode(data))
+                if answer is not None:
+                    self._steps.send_multipart([identity, FROM_RANK.encode(answer)])
+
+    def _on_step(self, message: ToRank) -> FromRank | None:
+        """Runs a plan or a join. What nobody meant to raise is told too, before it ends the rank."""
+        epoch = getattr(message, "epoch", 0)
+        try:
+            match message:
+                case StepPlan():
+                    return self._rank.step(message)
+                case Join(epoch=epoch, fresh=fresh):
+                    self._rank.join(epoch, fresh)
+                    return Joined(rank=self._rank.rank, epoch=epoch)
+        except CorralError as e:
+            return self._failure(epoch, e)
+        except Exception as e:
+            log.exception("the step failed")
+            self._steps.send_multipart([self._router, FROM_RANK.encode(self._failure(epoch, e))])
+            raise
+        return None
+
+    def _failure(self, epoch: int, error: Exception) -> Failed:
+        is_ours = isinstance(error, CorralError)
+        return Failed(
+            rank=self._rank.rank,
+            epoch=epoch,
+            problem=str(error) if is_ours else f"{type(error).__name__}: {error}",
+            fatal=isinstance(error, CheckpointError | ConfigError),
+            suspects=error.peers if isinstance(error, UnreachableError) else (),
+        )

@@ -11,6 +11,7 @@ from msgspec import Struct
 
 FinishReason = Literal["stop", "length"]
 Role = Literal["attention", "expert"]
+EMPTY_SLOT = -1  # in RankSpec.slots: room for an expert, and none in it
 
 
 class SamplingParams(Struct, frozen=True, array_like=True, kw_only=True):
@@ -48,10 +49,19 @@ class Request(Struct, frozen=True, array_like=True, kw_only=True):
 # --- router <-> attention and expert ranks -----------------------------------------------------------------------
 
 
+class RankEndpoints(Struct, frozen=True, array_like=True, kw_only=True):
+    """Where a rank listens, tcp://host:port each: for commands, for plans, and for peers that copy its experts."""
+
+    control: str
+    steps: str
+    weights: str = ""  # empty where it holds no experts
+
+
 class RankSpec(Struct, frozen=True, array_like=True, kw_only=True):
     """One member of an epoch: its number, its roles, and the expert slots it holds.
 
-    `slots[layer]` lists the experts held for that MoE layer, in slot order; layers without slots are absent.
+    A number belongs to one process and is never given again. `slots[layer]` lists the experts held for that MoE layer,
+    in slot order, EMPTY_SLOT where there is none; layers without slots are absent.
     """
 
     rank: int
@@ -62,16 +72,27 @@ class RankSpec(Struct, frozen=True, array_like=True, kw_only=True):
 class Epoch(Struct, frozen=True, array_like=True, kw_only=True):
     """An immutable membership: who takes part, with which slots, and where its process group meets.
 
-    `store` is host:port of the rendezvous store; empty where one rank needs no group.
+    `ranks` are in ascending order of their numbers; in the process group a rank is known by its position here. `store`
+    is host:port of the rendezvous store; empty where one rank needs no group. `endpoints[position]` is where that rank
+    listens for plans.
     """
 
     epoch: int
     ranks: tuple[RankSpec, ...]
     store: str = ""
+    endpoints: tuple[str, ...] = ()
 
     def of_role(self, role: Role) -> tuple[int, ...]:
-        """Ranks that have `role`, ascending."""
+        """Numbers of the ranks that have `role`, ascending."""
         return tuple(spec.rank for spec in self.ranks if role in spec.roles)
+
+    def positions_of(self, role: Role) -> tuple[int, ...]:
+        """Positions of the ranks that have `role`, ascending."""
+        return tuple(i for i, spec in enumerate(self.ranks) if role in spec.roles)
+
+    def position(self, rank: int) -> int:
+        """Where rank number `rank` stands. Raises ValueError if it is no member."""
+        return [spec.rank for spec in self.ranks].index(rank)
 
 
 class Admission(Struct, frozen=True, array_like=True, kw_only=True):
@@ -111,8 +132,9 @@ class RankPlan(Struct, frozen=True, array_like=True, kw_only=True):
 class StepPlan(Struct, frozen=True, array_like=True, kw_only=True, tag="plan"):
     """One step of one epoch. Every rank gets it; only attention ranks get a `rank_plan` (their own).
 
-    `tokens_of_rank[i]` is the number of tokens that rank i of the epoch brings into the step (0 for expert ranks), so
-    that every rank knows the bounds of every message before it arrives.
+    `tokens_of_rank[i]` is the number of tokens that the rank at position i of the epoch brings into the step (0 for
+    expert ranks), so that every rank knows the bounds of every message before it arrives. A step that an epoch's end
+    cut short comes again in the next one, under its old number, to those attention ranks that had not answered it.
     """
 
     epoch: int
@@ -144,30 +166,77 @@ class StepResult(Struct, frozen=True, array_like=True, kw_only=True, tag="result
     expert_tokens: dict[int, tuple[int, ...]] = {}
 
 
-class Load(Struct, frozen=True, array_like=True, kw_only=True, tag="load"):
-    """Load the weights for `spec`. Answered by Progress while it runs, then Loaded or Failed.
-
-    A rank that already holds exactly these answers Loaded at once. `pipeline` is the PipelineConfig as a plain dict.
+class Attach(Struct, frozen=True, array_like=True, kw_only=True, tag="attach"):
+    """A router takes this rank over. From now on the rank obeys this sender, unless its `term` is below the last one's
+    (a router that was replaced). Answered by Attached.
     """
 
+    term: int
+
+
+class SlotSource(Struct, frozen=True, array_like=True, kw_only=True):
+    """A peer that can give experts: its weights endpoint, and by layer the experts that it holds in its epoch."""
+
+    endpoint: str
+    experts: dict[int, tuple[int, ...]]
+
+
+class Load(Struct, frozen=True, array_like=True, kw_only=True, tag="load"):
+    """Hold what `spec` says, beside serving: a slot that the serving epoch names is never touched.
+
+    Answered by Progress while it runs, then Loaded or Failed; at once where the rank holds all of it. Experts come from
+    `sources` where one has them, else from the checkpoint. `pipeline` is the PipelineConfig as a plain dict; `epoch` is
+    the number of the epoch that is being prepared.
+    """
+
+    epoch: int
     spec: RankSpec
     pipeline: dict[str, object]
+    sources: tuple[SlotSource, ...] = ()
 
 
 class Prepare(Struct, frozen=True, array_like=True, kw_only=True, tag="prepare"):
-    """First phase of an epoch: connect to its store, validate the slots. Answered by Prepared or Failed."""
+    """First phase of an epoch, beside serving: connect to its store, reach every peer, validate the slots.
+
+    Answered by Prepared or Failed.
+    """
 
     epoch: Epoch
 
 
 class Join(Struct, frozen=True, array_like=True, kw_only=True, tag="join"):
-    """Second phase, short: form the group, forget all requests. Answered by Joined or Failed."""
+    """Second phase, short, in the order of the plans: leave the epoch before and form the group of this one.
+
+    An attention rank forgets all requests if `fresh`, else goes on with those it has. Answered by Joined or Failed.
+    """
+
+    epoch: int
+    fresh: bool
+
+
+class Leave(Struct, frozen=True, array_like=True, kw_only=True, tag="leave"):
+    """The epoch is over: stop waiting for peers, now. The step that runs fails. No answer of its own."""
 
     epoch: int
 
 
 class Beat(Struct, frozen=True, array_like=True, kw_only=True, tag="beat"):
-    """The sender lives. Router to rank: renews the rank's lease. Ingress to router: renews the ingress's lease."""
+    """The sender lives. Router to rank: renews the rank's lease, answered by Alive. Ingress to router: renews the
+    ingress's lease, answered by RouterStatus.
+    """
+
+
+class Alive(Struct, frozen=True, array_like=True, kw_only=True, tag="alive"):
+    """Answers a Beat, whatever else the rank is doing."""
+
+    rank: int
+
+
+class Attached(Struct, frozen=True, array_like=True, kw_only=True, tag="attached"):
+    """What the rank holds; None where it has loaded nothing yet."""
+
+    rank: int
+    spec: RankSpec | None = None
 
 
 class Progress(Struct, frozen=True, array_like=True, kw_only=True, tag="progress"):
@@ -176,14 +245,30 @@ class Progress(Struct, frozen=True, array_like=True, kw_only=True, tag="progress
     total_bytes: int
 
 
+class SlotProof(Struct, frozen=True, array_like=True, kw_only=True):
+    """What a slot holds, in short. Slots with the same expert have the same checksum, and probes alike.
+
+    `checksum` is over the stored bytes of weights and scales; `probe` is the mean magnitude of what the expert makes of
+    a fixed input, and not finite where the expert is broken. Empty slots have zeros.
+    """
+
+    checksum: int
+    probe: float
+
+
 class Loaded(Struct, frozen=True, array_like=True, kw_only=True, tag="loaded"):
-    """Weights are in place. Attention ranks state their KV room in pages; others state zeros."""
+    """Weights are in place. Attention ranks state their KV room in pages; others state zeros.
+
+    `proofs[layer]` has one entry per slot of the spec.
+    """
 
     rank: int
+    epoch: int
     weight_bytes: int
     page_tokens: int = 0
     global_pages: int = 0
     chunked_pages: int = 0
+    proofs: dict[int, tuple[SlotProof, ...]] = {}
 
 
 class Prepared(Struct, frozen=True, array_like=True, kw_only=True, tag="prepared"):
@@ -197,26 +282,32 @@ class Joined(Struct, frozen=True, array_like=True, kw_only=True, tag="joined"):
 
 
 class Failed(Struct, frozen=True, array_like=True, kw_only=True, tag="failed"):
-    """A command or step failed on this rank. The epoch is over; the rank waits for the next one.
+    """A command or step failed on this rank. If it was a step or a join, the epoch is over.
 
-    `fatal` means that trying again is pointless (a broken checkpoint).
+    `fatal` means that trying again is pointless (a broken checkpoint). `suspects` are ranks that it could not reach.
     """
 
     rank: int
     epoch: int
     problem: str
     fatal: bool = False
+    suspects: tuple[int, ...] = ()
 
 
-ToRank = Load | Prepare | Join | StepPlan | Beat
-FromRank = Progress | Loaded | Prepared | Joined | StepResult | Failed
+ToRank = Attach | Load | Prepare | Join | StepPlan | Leave | Beat
+FromRank = Attached | Alive | Progress | Loaded | Prepared | Joined | StepResult | Failed
 
 
 # --- ingress <-> router ------------------------------------------------------------------------------------------
 
 
 class Submit(Struct, frozen=True, array_like=True, kw_only=True, tag="submit"):
+    """`again`: the request was admitted before, by this router or by the one before it, and the channel was lost. It
+    goes on after `request.output_ids`; what is known of it here is forgotten.
+    """
+
     request: Request
+    again: bool = False
 
 
 class Cancel(Struct, frozen=True, array_like=True, kw_only=True, tag="cancel"):

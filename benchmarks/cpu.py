@@ -15,19 +15,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from actors.checkpoint.shape_models import ensure_shape_model
 from benchmarks import report
 from benchmarks.clients import over_grpc, over_http
 from benchmarks.engine import Engine, Trace, tokens_per_s
+from benchmarks.served import Served
 from benchmarks.workload import mixed, single_stream
-from cluster.session import StateFolder, family_of
 
 SHAPE = "bench-maverick"
 VOCAB = 8000  # ids of text in that shape
 CONCURRENCY = (1, 4, 16, 64)
-PORTS = (18200, 19200)
 NUM_MOE_LAYERS = 6  # of that shape
 SETTLE_S = 5.0
 
@@ -66,29 +63,8 @@ def load(run: Callable[[Sequence[Any]], list[Trace]], concurrency: int, rounds: 
     }
 
 
-class Served:
-    """`corral serve --detach` of the same checkpoint; ends with the context."""
-
-    def __init__(self, directory: Path, flags: Sequence[str]) -> None:
-        self._directory, self._flags = directory, flags
-        self.url, self.grpc = f"http://127.0.0.1:{PORTS[0]}", f"127.0.0.1:{PORTS[1]}"
-
-    def __enter__(self) -> "Served":
-        command = [sys.executable, "-m", "cluster.cli", "serve", str(self._directory), "--served-model-name", "bench"]
-        command += ["--port", str(PORTS[0]), "--grpc-port", str(PORTS[1]), "--detach", *self._flags]
-        began = time.perf_counter()
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        self.ready_s = time.perf_counter() - began
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        subprocess.run([sys.executable, "-m", "cluster.cli", "stop", "--port", str(PORTS[0])], check=True)
-
-    def memory_mib(self) -> float:
-        """Proportional set size of all its processes."""
-        session = StateFolder(PORTS[0]).read()
-        assert session is not None
-        return sum(psutil.Process(process.pid).memory_full_info().pss for process in family_of(session)) / 2**20
+class Bench(Served):
+    """The service with the clients that this benchmark uses."""
 
     def run_grpc(self, items: Sequence[Any]) -> list[Trace]:
         return asyncio.run(over_grpc(self.grpc, items))
@@ -97,7 +73,7 @@ class Served:
         return asyncio.run(over_http(self.url, "bench", items))
 
 
-def served_ratios(engine: Engine, served: Served, rounds: int) -> dict[str, Any]:
+def served_ratios(engine: Engine, served: Bench, rounds: int) -> dict[str, Any]:
     """Rates at 16 streams, bare and served in turn, so that all see the same machine."""
     runs = {"bare": engine.run, "grpc": served.run_grpc, "http": served.run_http}
     for run in runs.values():
@@ -122,7 +98,7 @@ def measure(directory: Path, args: argparse.Namespace) -> dict[str, Any]:
         found["stream"] = stream_ms(engine, args.rounds)
         found["load"] = {c: load(engine.run, c, 2 if c == 64 else args.rounds) for c in CONCURRENCY}
         flags = ["--layout", "single", "--threads-per-rank", str(args.threads), "--dtype", args.dtype]
-        with Served(directory, [*flags, "--max-model-len", "4096"]) as served:
+        with Bench(directory, [*flags, "--max-model-len", "4096"]) as served:
             time.sleep(SETTLE_S)
             found["memory_mib"], found["ready_s"] = served.memory_mib(), served.ready_s
             found["front"] = served_ratios(engine, served, args.rounds)

@@ -9,7 +9,7 @@ from typing import Any
 import zmq
 
 from actors.checkpoint.config import read_model_config
-from actors.config import PipelineConfig
+from actors.config import PipelineConfig, ScalingConfig
 from actors.dispatch.group import RendezvousStore
 from actors.router.worker import Router
 from actors.types import Beat, Request, RouterStatus, SamplingParams, Submit
@@ -18,6 +18,7 @@ from benchmarks.workload import Item
 from cluster.hardware import Machines, local_cpu
 from cluster.layout import resolve
 from cluster.local_fleet import LocalFleet
+from cluster.membership import plan_membership
 
 START_TIMEOUT_S = 300.0
 BEAT_S = 1.0
@@ -45,7 +46,12 @@ class Engine:
     """A pipeline that one thread drives. Use as a context manager."""
 
     def __init__(
-        self, directory: Path, machines: Machines | None = None, devices: Sequence[str] = (), **keys: Any
+        self,
+        directory: Path,
+        machines: Machines | None = None,
+        devices: Sequence[str] = (),
+        scaling: dict[str, Any] | None = None,
+        **keys: Any,
     ) -> None:
         config = PipelineConfig.parse({"model": str(directory), **keys})
         model = read_model_config(directory)
@@ -54,7 +60,11 @@ class Engine:
         self._fleet = LocalFleet(devices or ["cpu"] * len(plan.ranks), plan.pipeline.threads_per_rank)
         self._store = RendezvousStore("127.0.0.1")
         self._store.start()
-        self.router = Router(plan.pipeline, model, plan.ranks, self._fleet, self._store.endpoint)
+        membership = plan_membership(plan, ScalingConfig.parse(scaling or {}))
+        self.scaler = membership.autoscaler
+        self.router = Router(
+            plan.pipeline, model, membership.balancer, membership.autoscaler, self._fleet, self._store.endpoint
+        )
         self._context: zmq.Context[Any] = zmq.Context()
         self._next_id = 0
 

@@ -12,10 +12,11 @@ from actors.attention.kv_cache import EXPECTED_CHUNKS, PagePools, fit_page_token
 from actors.checkpoint.config import ModelConfig
 from actors.config import PipelineConfig
 from actors.errors import LayoutError
-from actors.types import RankSpec
+from actors.types import EMPTY_SLOT, RankSpec
 from cluster.floors import Split, decode, step_floor_s
 from cluster.footprint import Footprint, Precision
 from cluster.hardware import Machines
+from cluster.replicas import place_experts
 
 CPU_KV_CACHE_BYTES = 256 * 1024 * 1024  # PipelineConfig.kv_cache_bytes = 0 on a CPU
 LEAST_CONTEXT_TOKENS = 2048  # less KV room than this per request is no service (unless kv_cache_bytes asks for it)
@@ -77,9 +78,9 @@ def resolve(
     if not fitting:
         raise LayoutError(_refusal(considered, footprint, machines))
     best = min(fitting, key=lambda candidate: _preference(candidate, footprint, machines))
-    ranks = rank_specs(best.split, model, pipeline.expert_replicas)
+    ranks = rank_specs(best.split, model, pipeline.expert_replicas, pipeline.expert_slots)
     return Plan(
-        pipeline=_settled(pipeline, best, machines),
+        pipeline=_settled(pipeline, best, footprint, machines),
         footprint=footprint,
         machines=machines,
         ranks=ranks,
@@ -94,13 +95,14 @@ def candidates(pipeline: PipelineConfig, footprint: Footprint, machines: Machine
     return [assess(split, pipeline, footprint, machines) for split in _splits(pipeline, machines)]
 
 
-def _settled(pipeline: PipelineConfig, best: Candidate, machines: Machines) -> PipelineConfig:
+def _settled(pipeline: PipelineConfig, best: Candidate, footprint: Footprint, machines: Machines) -> PipelineConfig:
     threads = max(1, machines.cores // best.split.num_ranks) if machines.is_cpu else 0
     return replace(
         pipeline,
         layout=best.split.layout,
         attention_ranks=best.split.attention_ranks,
         expert_ranks=best.split.expert_ranks,
+        expert_slots=num_expert_slots(pipeline, footprint.model, best.split.expert_ranks),
         device=machines.accelerator.device,
         max_model_len=best.max_model_len,
         page_tokens=best.pools.page_tokens,
@@ -108,12 +110,23 @@ def _settled(pipeline: PipelineConfig, best: Candidate, machines: Machines) -> P
     )
 
 
-def rank_specs(split: Split, model: ModelConfig, expert_replicas: int = 1) -> tuple[RankSpec, ...]:
-    """The ranks of a split. Attention ranks come first; every expert of every MoE layer gets its slots.
+def num_expert_slots(pipeline: PipelineConfig, model: ModelConfig, expert_ranks: int) -> int:
+    """Slots per layer of each expert rank: as asked for, or what it takes to hold every expert as often as asked."""
+    if not model.moe_layers:
+        return 0
+    return pipeline.expert_slots or -(-model.num_experts * pipeline.expert_replicas // expert_ranks)
+
+
+def rank_specs(
+    split: Split, model: ModelConfig, expert_replicas: int = 1, expert_slots: int = 0
+) -> tuple[RankSpec, ...]:
+    """The ranks of a split. Attention ranks come first; every expert of every MoE layer gets its slots. What a rank has
+    beyond that of its `expert_slots` is empty.
 
     Raises LayoutError if there are fewer expert ranks than replicas.
     """
     held = place_experts(model.num_experts, split.expert_ranks, expert_replicas) if model.moe_layers else ()
+    held = tuple((*experts, *[EMPTY_SLOT] * (expert_slots - len(experts))) for experts in held)
     slots = [dict.fromkeys(model.moe_layers, experts) if experts else {} for experts in held]
     if split.layout != "disaggregated":
         slots = slots or [{} for _ in range(split.num_ranks)]
@@ -122,19 +135,6 @@ def rank_specs(split: Split, model: ModelConfig, expert_replicas: int = 1) -> tu
     first = split.attention_ranks
     experts = [RankSpec(rank=first + i, roles=("expert",), slots=slots[i]) for i in range(split.expert_ranks)]
     return (*attention, *experts)
-
-
-def place_experts(num_experts: int, num_ranks: int, replicas: int = 1) -> tuple[tuple[int, ...], ...]:
-    """Experts of each rank, in slot order: `replicas` copies of each, on different ranks, counts even within one.
-
-    Copy after copy, experts are dealt in runs: 128 experts on 3 ranks are 43, 43 and 42. One run of `num_experts`
-    slots is cut into as many as there are ranks, so no rank gets an expert twice while replicas <= ranks.
-    """
-    if replicas > num_ranks:
-        raise LayoutError(f"{replicas} replicas of every expert need as many expert ranks, and there are {num_ranks}")
-    share, extra = divmod(num_experts * replicas, num_ranks)
-    bounds = [rank * share + min(rank, extra) for rank in range(num_ranks + 1)]
-    return tuple(tuple(sorted(i % num_experts for i in range(bounds[r], bounds[r + 1]))) for r in range(num_ranks))
 
 
 def assess(split: Split, pipeline: PipelineConfig, footprint: Footprint, machines: Machines) -> Candidate:
@@ -148,7 +148,11 @@ def assess(split: Split, pipeline: PipelineConfig, footprint: Footprint, machine
         return _impossible(split, f"{split.expert_ranks} expert ranks for {model.num_experts} experts")
     if not machines.is_cpu and split.num_ranks > machines.count:
         return _impossible(split, f"needs {split.num_ranks} GPUs, there are {machines.count}")
-    weights = [_weight_bytes(spec, footprint) for spec in rank_specs(split, model, pipeline.expert_replicas)]
+    if pipeline.expert_slots and pipeline.expert_slots * split.expert_ranks < model.num_experts * pipeline.expert_replicas:
+        room = f"{split.expert_ranks} ranks of {pipeline.expert_slots} expert_slots"
+        return _impossible(split, f"{room} cannot hold {pipeline.expert_replicas} x {model.num_experts} experts")
+    specs = rank_specs(split, model, pipeline.expert_replicas, pipeline.expert_slots)
+    weights = [_weight_bytes(spec, footprint) for spec in specs]
     attention_bytes = max(weights[: split.attention_ranks])
     kv_bytes = _kv_room_bytes(pipeline, machines, attention_bytes)
     max_model_len, pools = _contexts(pipeline, footprint, kv_bytes)

@@ -12,20 +12,19 @@ from multiprocessing.process import BaseProcess
 
 import torch
 
-from actors.errors import UnavailableError
 from actors.rank import Rank
 from actors.rank_loop import RankLoop
-from actors.types import RankSpec
+from actors.router.fleet import FleetNews, RankDown, RankUp
+from actors.types import RankEndpoints, Role
 from cluster.rank_environment import RANK_ENVIRONMENT
 
-START_TIMEOUT_S = 120.0
 FIRST_LEASE_S = 60.0
 
 
 def _live(rank: int, device: str, threads: int, host: str, pipe: multiprocessing.connection.Connection) -> None:
     if threads:
         torch.set_num_threads(threads)
-    loop = RankLoop(Rank(rank, torch.device(device), host), host, FIRST_LEASE_S)
+    loop = RankLoop(Rank(rank, torch.device(device), host), FIRST_LEASE_S)
     pipe.send(loop.start())
     loop.run()
 
@@ -42,7 +41,9 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 class LocalFleet:
-    """Implements `actors.router.fleet.Fleet`. `devices[rank]` is "cpu" or "cuda:N"."""
+    """Implements `actors.router.fleet.Fleet`. `devices` are those that ranks may take, "cpu" or "cuda:N" each: a GPU
+    belongs to one rank at a time, a CPU to any number.
+    """
 
     def __init__(self, devices: Sequence[str], threads_per_rank: int, host: str = "127.0.0.1") -> None:
         self._devices = devices
@@ -50,43 +51,71 @@ class LocalFleet:
         self._host = host
         self._context = multiprocessing.get_context("spawn")
         self.processes: dict[int, BaseProcess] = {}
-        self._endpoints: dict[int, str] = {}
+        self._device_of: dict[int, str] = {}
+        self._starting: dict[int, multiprocessing.connection.Connection] = {}
+        self._endpoints: dict[int, RankEndpoints] = {}
+        self._news: list[FleetNews] = []
 
-    def ensure(self, specs: Sequence[RankSpec]) -> dict[int, str]:
-        pipes = {spec.rank: self._start(spec.rank) for spec in specs if not self._lives(spec.rank)}
-        for rank, pipe in pipes.items():
-            if not pipe.poll(START_TIMEOUT_S):
-                raise UnavailableError(f"rank {rank} did not start within {START_TIMEOUT_S:.0f} s")
-            try:
-                self._endpoints[rank] = pipe.recv()
-            except EOFError as e:
-                raise UnavailableError(f"rank {rank} died as it started") from e
-        return {spec.rank: self._endpoints[spec.rank] for spec in specs}
+    def find(self) -> tuple[int, ...]:
+        self._news += [RankUp(rank=rank, endpoints=endpoints) for rank, endpoints in self._endpoints.items()]
+        return tuple(self.processes)
 
-    def lost(self) -> list[tuple[int, str]]:
-        gone = [(rank, process) for rank, process in self.processes.items() if not process.is_alive()]
-        for rank, _ in gone:
-            del self.processes[rank]
-        return [(rank, f"its process ended with code {process.exitcode}") for rank, process in gone]
+    def start(self, rank: int, roles: Sequence[Role]) -> None:
+        taken = set(self._device_of.values())
+        device = next((d for d in self._devices if d == "cpu" or d not in taken), None)
+        if device is None:
+            self._news.append(RankDown(rank=rank, cause="no device is free"))
+            return
+        self._device_of[rank] = device
+        self._starting[rank] = self._spawn(rank, device)
+
+    def kill(self, rank: int) -> None:
+        process = self.processes.get(rank)
+        if process is not None:
+            process.kill()
+
+    def news(self) -> list[FleetNews]:
+        for rank, pipe in list(self._starting.items()):
+            if pipe.poll():
+                self._take(rank, pipe)
+        for rank, process in list(self.processes.items()):
+            if not process.is_alive():
+                self._forget(rank)
+                self._news.append(RankDown(rank=rank, cause=f"its process ended with code {process.exitcode}"))
+        news, self._news = self._news, []
+        return news
 
     def stop(self) -> None:
         for process in self.processes.values():
             process.kill()
+        for process in self.processes.values():
             process.join(10)
         self.processes.clear()
 
-    def _lives(self, rank: int) -> bool:
-        return rank in self.processes and self.processes[rank].is_alive()
+    def _take(self, rank: int, pipe: multiprocessing.connection.Connection) -> None:
+        del self._starting[rank]
+        try:
+            endpoints: RankEndpoints = pipe.recv()
+        except EOFError:
+            return  # it died as it started; its process tells
+        self._endpoints[rank] = endpoints
+        self._news.append(RankUp(rank=rank, endpoints=endpoints))
 
-    def _start(self, rank: int) -> multiprocessing.connection.Connection:
+    def _forget(self, rank: int) -> None:
+        del self.processes[rank], self._device_of[rank]
+        self._starting.pop(rank, None)
+        self._endpoints.pop(rank, None)
+
+    def _spawn(self, rank: int, device: str) -> multiprocessing.connection.Connection:
         ours, theirs = self._context.Pipe(duplex=False)
-        kind, _, number = self._devices[rank].partition(":")
+        kind, _, number = device.partition(":")
         environment = dict(RANK_ENVIRONMENT)
         if kind == "cuda":  # as in a Ray actor: a rank sees its own GPU and no other
             environment["CUDA_VISIBLE_DEVICES"] = number
-        device = "cuda:0" if kind == "cuda" else kind
         process = self._context.Process(
-            target=_live, args=(rank, device, self._threads, self._host, theirs), daemon=True
+            target=_live,
+            args=(rank, "cuda:0" if kind == "cuda" else kind, self._threads, self._host, theirs),
+            daemon=True,
         )
         with _environment(environment):  # a spawned process takes it from us, before it imports anything
             process.start()

@@ -1,31 +1,29 @@
-"""Ranks as detached Ray actors in a placement group: how they are found, started and watched.
+"""Ranks as detached Ray actors: how they are found, started, watched and ended.
 
-Owns names, resources and death watches. Knows nothing of epochs or requests.
+Owns names, resources and death watches. Knows nothing of epochs or requests. Each rank asks Ray for its resources on its
+own, so a cluster that has none free is a reason for Ray's autoscaler to bring a node.
 """
 
 import logging
 import queue
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
-from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util import list_named_actors
 
 from actors.attention.actor import AttentionActor
 from actors.config import PipelineConfig
-from actors.errors import UnavailableError
 from actors.expert.actor import ExpertActor
-from actors.types import RankSpec
+from actors.router.fleet import FleetNews, RankDown, RankUp
+from actors.types import Role
 from cluster.hardware import Machines, machines_of_nodes
 from cluster.rank_environment import RANK_ENVIRONMENT
 
 log = logging.getLogger("corral.placement")
 
 NAMESPACE = "corral"
-PLACE_TIMEOUT_S = 300.0
-START_TIMEOUT_S = 120.0
 CPU_PER_RANK = 0.1  # bookkeeping: threads are set by threads_per_rank
 
 
@@ -35,79 +33,79 @@ def cluster_machines(device: str) -> Machines:
 
 
 class RayFleet:
-    """Implements `actors.router.fleet.Fleet` with named detached actors, so that a router that restarts finds them."""
+    """Implements `actors.router.fleet.Fleet` with named detached actors, so that a router that restarts finds them.
 
-    def __init__(self, pipeline: PipelineConfig) -> None:
+    `secret` is what ranks need to know to be spoken to (see `actors/wire.py`).
+    """
+
+    def __init__(self, pipeline: PipelineConfig, secret: bytes | None = None) -> None:
         self._pipeline = pipeline
-        self._device = pipeline.device
+        self._secret = secret
+        self._on_gpu = pipeline.device == "cuda"
+        self._prefix = f"{pipeline.application}-rank-"
         self._actors: dict[int, Any] = {}
-        self._gone: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        self._news: queue.SimpleQueue[tuple[Any, FleetNews]] = queue.SimpleQueue()
+        self._killer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kill")  # Ray may take its time to kill
 
-    def ensure(self, specs: Sequence[RankSpec]) -> dict[int, str]:
-        group_name = f"{self._pipeline.application}-{self._device}-{len(specs)}"
-        group = self._reserve(group_name, len(specs))
-        fresh = [spec for spec in specs if spec.rank not in self._actors]
-        for spec in fresh:
-            self._actors[spec.rank] = self._find_or_start(spec, group, group_name)
-        endpoints = {spec.rank: self._endpoint_of(spec.rank) for spec in specs}
-        for spec in fresh:
-            self._watch(spec.rank, self._actors[spec.rank])
-        return endpoints
+    def find(self) -> tuple[int, ...]:
+        for entry in list_named_actors(all_namespaces=True):
+            name = entry["name"]
+            if entry["namespace"] == NAMESPACE and name.startswith(self._prefix):
+                try:
+                    self._adopt(int(name.removeprefix(self._prefix)), ray.get_actor(name, namespace=NAMESPACE))
+                except ValueError:
+                    log.info("%s went as it was found", name)
+        return tuple(sorted(self._actors))
 
-    def lost(self) -> list[tuple[int, str]]:
-        gone = []
-        while not self._gone.empty():
-            rank, actor = self._gone.get()
-            if self._actors.get(rank) is actor:  # not the news of one that was replaced since
-                del self._actors[rank]
-                gone.append((rank, "its actor died"))
-        return gone
-
-    def _watch(self, rank: int, actor: Any) -> None:
-        """Has Ray tell us of the actor's end, so that nobody polls."""
-        actor.watch.remote().future().add_done_callback(lambda _: self._gone.put((rank, actor)))
-
-    def _bundle(self) -> dict[str, float]:
-        return {"CPU": CPU_PER_RANK, "GPU": 1.0} if self._device == "cuda" else {"CPU": CPU_PER_RANK}
-
-    def _reserve(self, name: str, num_ranks: int) -> PlacementGroup:
+    def start(self, rank: int, roles: Sequence[Role]) -> None:
+        pipeline, is_attention = self._pipeline, "attention" in roles
+        kind: Any = AttentionActor if is_attention else ExpertActor
+        resources = pipeline.attention_resources if is_attention else pipeline.expert_resources
         try:
-            group = get_placement_group(name)
-        except ValueError:
-            group = placement_group(
-                [self._bundle() for _ in range(num_ranks)], strategy="PACK", name=name, lifetime="detached"
+            actor = kind.options(
+                name=f"{self._prefix}{rank}",
+                namespace=NAMESPACE,
+                lifetime="detached",
+                runtime_env={"env_vars": RANK_ENVIRONMENT},
+                num_cpus=CPU_PER_RANK,
+                num_gpus=1 if self._on_gpu else 0,
+                resources=resources or None,
+            ).remote(
+                rank,
+                "cuda:0" if self._on_gpu else "cpu",  # Ray shows a rank no other GPU than its own
+                pipeline.threads_per_rank,
+                pipeline.lease_s,
+                self._secret,
             )
-        if not group.wait(PLACE_TIMEOUT_S):
-            raise UnavailableError(f"the cluster has no room for {num_ranks} ranks of {self._bundle()}")
-        return group
+        except ValueError as e:  # the name is taken
+            self._news.put((None, RankDown(rank=rank, cause=str(e))))
+            return
+        self._adopt(rank, actor)
 
-    def _find_or_start(self, spec: RankSpec, group: PlacementGroup, group_name: str) -> Any:
-        kind: Any = AttentionActor if "attention" in spec.roles else ExpertActor
-        return kind.options(
-            name=f"{self._pipeline.application}-rank-{spec.rank}",
-            namespace=NAMESPACE,
-            lifetime="detached",
-            get_if_exists=True,
-            runtime_env={"env_vars": RANK_ENVIRONMENT},
-            num_cpus=CPU_PER_RANK,
-            num_gpus=1 if self._device == "cuda" else 0,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(
-                placement_group=group, placement_group_bundle_index=spec.rank
-            ),
-        ).remote(
-            spec.rank,
-            "cuda:0" if self._device == "cuda" else "cpu",  # Ray shows a rank no other GPU than its own
-            self._pipeline.threads_per_rank,
-            self._pipeline.lease_s,
-            group_name,
-        )
+    def kill(self, rank: int) -> None:
+        actor = self._actors.pop(rank, None)
+        if actor is not None:
+            self._killer.submit(ray.kill, actor)
 
-    def _endpoint_of(self, rank: int) -> str:
-        try:
-            endpoint: str = ray.get(self._actors[rank].endpoint.remote(), timeout=START_TIMEOUT_S)
-        except GetTimeoutError as e:
-            raise UnavailableError(f"rank {rank} did not start within {START_TIMEOUT_S:.0f} s") from e
-        except RayActorError as e:
-            del self._actors[rank]
-            raise UnavailableError(f"rank {rank} died as it started: {e}") from e
-        return endpoint
+    def news(self) -> list[FleetNews]:
+        told: list[FleetNews] = []
+        while not self._news.empty():
+            actor, news = self._news.get()
+            if self._actors.get(news.rank) is not actor:
+                continue  # it was killed, and its end told, before
+            if isinstance(news, RankDown):
+                self._actors.pop(news.rank, None)
+            told.append(news)
+        return told
+
+    def _adopt(self, rank: int, actor: Any) -> None:
+        """Has Ray tell us when the actor listens, and when it ends, so that nobody polls."""
+        self._actors[rank] = actor
+
+        def listens(answer: Future[Any]) -> None:
+            if answer.exception() is None:
+                self._news.put((actor, RankUp(rank=rank, endpoints=answer.result())))
+
+        actor.endpoints.remote().future().add_done_callback(listens)
+        ends = actor.watch.remote().future()
+        ends.add_done_callback(lambda _: self._news.put((actor, RankDown(rank=rank, cause="its actor died"))))

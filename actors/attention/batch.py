@@ -51,15 +51,13 @@ class BatchBuilder:
         )
 
     def build(self, work: Sequence[Work], requests: RequestTable) -> StepInputs:
-        """Lays out work of admitted requests, whose granted pages it appends to their tables.
+        """Lays out work of admitted requests, whose granted pages are in their tables already.
 
         Raises ValueError if the work needs tokens or pages that are not there.
         """
         rows = [_Work(item, requests[item.request_idx]) for item in work]
         for row in rows:
             row.state.check(row.work)
-            row.state.global_table.append(row.work.global_pages)
-            row.state.chunked_table.append(row.work.chunked_pages)
         sampled = [row for row in rows if row.work.samples]
         ordered = _in_row_order(rows)
         positions = _concatenate([np.arange(row.work.start, row.end, dtype=np.int64) for row in ordered])

@@ -68,6 +68,7 @@ class LocalModel:
             work = Work(
                 request_idx=0, start=start, num_tokens=size, samples=False, global_pages=pages, chunked_pages=pages
             )
+            self.attention.take_in(RankPlan(work=(work,)))
             _, h_TD = self.attention.forward((work,))
             parts.append(self.attention.logits(h_TD))
             start, pages = start + size, ()

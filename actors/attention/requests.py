@@ -86,6 +86,12 @@ class RequestTable:
             self._grow()
         self._states[admission.request_idx] = RequestState(admission, self._free_rows.pop())
 
+    def grant(self, work: Work) -> None:
+        """Appends the pages that a piece of work brings to its request's tables."""
+        state = self._states[work.request_idx]
+        state.global_table.append(work.global_pages)
+        state.chunked_table.append(work.chunked_pages)
+
     def release(self, request_idx: int) -> None:
         self._free_rows.append(self._states.pop(request_idx).memory_row)
 

@@ -70,25 +70,31 @@ class AttentionWorker:
         self._builder = BatchBuilder(self._config, page_tokens, self._dtype, self._device)
         return pools
 
-    def start_epoch(self, dispatch: Dispatch) -> None:
-        """Forgets all requests; experts are reached through `dispatch` from now on."""
-        self._requests = RequestTable(self._device)
-        self._sampler = Sampler(self._config.vocab_size, self._device)
+    def start_epoch(self, dispatch: Dispatch, fresh: bool = True) -> None:
+        """Experts are reached through `dispatch` from now on. Forgets all requests if `fresh`."""
         self._dispatch = dispatch
+        if fresh:
+            self._requests = RequestTable(self._device)
+            self._sampler = Sampler(self._config.vocab_size, self._device)
 
     def step(self, plan: RankPlan) -> list[SampledToken]:
-        """Runs one step and waits for its tokens, which come in the order of the work."""
+        """Takes the plan in, runs the step and waits for its tokens, which come in the order of the work."""
+        self.take_in(plan)
+        return self.run(plan)
+
+    def run(self, plan: RankPlan) -> list[SampledToken]:
+        """Runs a step that was taken in. One that raised RankError may be run again, in a later epoch."""
         sampled = self.launch(plan)
         return [] if sampled is None else sampled.to_tokens()
 
     @torch.inference_mode()
     def launch(self, plan: RankPlan) -> SampledBatch | None:
-        """Runs one step without waiting for the device; the next plan may be launched before `to_tokens` is called.
+        """Runs a step that was taken in without waiting for the device; the next plan may be taken in and launched
+        before `to_tokens` is called.
 
         The caller has told dispatch of the step (`begin_step`) before. None if nothing is sampled. Raises ValueError
         for a plan that contradicts what the rank knows, RankError if experts cannot be reached.
         """
-        self.take_in(plan)
         if not plan.work:
             return None
         inputs, h_TD = self.forward(plan.work)
@@ -107,13 +113,15 @@ class AttentionWorker:
         return inputs, self._model.forward(inputs, self.cache, self._dispatch)
 
     def take_in(self, plan: RankPlan) -> None:
-        """Releases and admits, and computes nothing: all there is to do in a step that brings this rank no tokens."""
+        """Releases, admits and grants pages, and computes nothing: what happens once, however often a step is run."""
         for request_idx in plan.released:
             self._requests.release(request_idx)
             self._sampler.release(request_idx)
         for admission in plan.admitted:
             self._requests.admit(admission)
             self._sampler.admit(admission.request_idx, admission.prompt_ids, admission.output_ids, admission.sampling)
+        for work in plan.work:
+            self._requests.grant(work)
 
     @torch.inference_mode()
     def logits(self, h_BD: Tensor) -> Tensor:

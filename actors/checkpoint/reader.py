@@ -6,7 +6,7 @@ nothing of layers or experts: it is told which part of which tensor goes where.
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -50,14 +50,17 @@ class Reader:
     def read(self, pieces: Iterable[Piece], progress: Progress | None = None) -> None:
         """Fills every piece's target; several reads are in flight.
 
-        `progress` is called from this thread, once at the start and once per block. Raises CheckpointError.
+        `progress` is called from this thread, once at the start and once per block. On CUDA what must still be turned
+        or converted is queued on this thread's current stream. Raises CheckpointError.
         """
         blocks = [block for piece in pieces for block in piece.blocks(self._block_bytes)]
         total_bytes, done_bytes = sum(block.num_bytes for block in blocks), 0
         report = progress if progress is not None else lambda done, total: None
         report(0, total_bytes)
         descriptors: dict[Path, int] = {}
-        pool = ThreadPoolExecutor(self._reads_in_flight, thread_name_prefix="checkpoint-reader")
+        pool = ThreadPoolExecutor(
+            self._reads_in_flight, "checkpoint-reader", initializer=_use_stream, initargs=(_stream_of(blocks),)
+        )
         try:
             for block in blocks:
                 if block.info.file not in descriptors:
@@ -93,6 +96,17 @@ class Reader:
             buffer = torch.empty(max(num_bytes, self._block_bytes), dtype=torch.uint8, pin_memory=device.type == "cuda")
             self._local.buffer = buffer
         return buffer[:num_bytes]
+
+
+def _stream_of(blocks: Sequence[Piece]) -> torch.cuda.Stream | None:
+    """This thread's stream on the device that is read to; None on a CPU."""
+    device = blocks[0].target.device if blocks else torch.device("cpu")
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+def _use_stream(stream: torch.cuda.Stream | None) -> None:
+    if stream is not None:
+        torch.cuda.set_stream(stream)
 
 
 def _open(file: Path) -> int:

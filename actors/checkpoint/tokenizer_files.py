@@ -6,7 +6,7 @@ Meta's own is licensed data. Source: the special tokens of Llama 4's tokenizer a
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,21 +36,10 @@ _SPECIALS = {
 }
 _NUM_REAL_SPECIALS = 1134  # ids 200000..201133; rows beyond have no token
 _MAX_MERGES = 256
+_DIGITS_TOGETHER = 3  # as in Llama 4's own tokenizer
 
-# The o200k pattern: words with their leading space and case runs, numbers by three, punctuation, line ends, spaces.
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_SPLIT_PATTERN = "|".join(
-    (
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}",
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    )
-)
 
 CHAT_TEMPLATE = """\
 {{- bos_token }}
@@ -119,27 +108,46 @@ def _real_name(offset: int) -> str:
 
 def build_tokenizer(base_vocab: int, vocab_size: int) -> Tokenizer:
     """A byte-level BPE of `base_vocab` text tokens followed by the control tokens. The same for the same arguments."""
+    return train_tokenizer([_TRAINING_TEXT], base_vocab, vocab_size, max_merges=_MAX_MERGES)
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    base_vocab: int,
+    vocab_size: int,
+    *,
+    max_merges: int | None = None,
+    digits_together: int = _DIGITS_TOGETHER,
+) -> Tokenizer:
+    """A byte-level BPE learnt from `texts`, of `base_vocab` text tokens followed by the control tokens.
+
+    `max_merges` bounds what is learnt; made-up words fill what is left. `digits_together`: numbers are cut into pieces
+    of so many digits. Raises ValueError where the bytes or the control tokens find no room.
+    """
     if base_vocab < 256:
         raise ValueError("base_vocab must hold the 256 bytes")
     trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = _pre_tokenizer()
+    trained.pre_tokenizer = _pre_tokenizer(digits_together)
     trainer = trainers.BpeTrainer(
-        vocab_size=min(base_vocab, 256 + _MAX_MERGES),
+        vocab_size=base_vocab if max_merges is None else min(base_vocab, 256 + max_merges),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    trained.train_from_iterator([_TRAINING_TEXT], trainer)
+    trained.train_from_iterator(texts, trainer)
     learnt = json.loads(trained.to_str())["model"]
     vocab: dict[str, int] = learnt["vocab"]
     words = _made_up_words()
     while len(vocab) < base_vocab:
         vocab.setdefault(next(words), len(vocab))
-    return _assemble(vocab, [(left, right) for left, right in learnt["merges"]], special_tokens(base_vocab, vocab_size))
+    merges = [(left, right) for left, right in learnt["merges"]]
+    return _assemble(vocab, merges, special_tokens(base_vocab, vocab_size), digits_together)
 
 
-def _assemble(vocab: dict[str, int], merges: list[tuple[str, str]], specials: dict[str, int]) -> Tokenizer:
+def _assemble(
+    vocab: dict[str, int], merges: list[tuple[str, str]], specials: dict[str, int], digits_together: int
+) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    tokenizer.pre_tokenizer = _pre_tokenizer()
+    tokenizer.pre_tokenizer = _pre_tokenizer(digits_together)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in specials])
     bos = "<|begin_of_text|>"
@@ -154,10 +162,23 @@ def _assemble(vocab: dict[str, int], merges: list[tuple[str, str]], specials: di
     return tokenizer
 
 
-def _pre_tokenizer() -> Any:
+def _pre_tokenizer(digits_together: int) -> Any:
+    """The o200k pattern: words with their leading space and case runs, numbers by so many digits, punctuation, line
+    ends, spaces."""
+    pattern = "|".join(
+        (
+            rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}",
+            rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}",
+            rf"\p{{N}}{{1,{digits_together}}}",
+            r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+            r"\s*[\r\n]+",
+            r"\s+(?!\S)",
+            r"\s+",
+        )
+    )
     return pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_SPLIT_PATTERN), behavior="isolated"),
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -176,8 +197,13 @@ def _made_up_words() -> Iterator[str]:
 
 
 def write_tokenizer(directory: Path, base_vocab: int, vocab_size: int, max_length_tokens: int) -> None:
+    """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja for a model that was not trained."""
+    write_tokenizer_files(directory, build_tokenizer(base_vocab, vocab_size), max_length_tokens, CHAT_TEMPLATE)
+
+
+def write_tokenizer_files(directory: Path, tokenizer: Tokenizer, max_length_tokens: int, chat_template: str) -> None:
     """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja."""
-    build_tokenizer(base_vocab, vocab_size).save(str(directory / "tokenizer.json"))
+    tokenizer.save(str(directory / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|begin_of_text|>",
@@ -186,7 +212,7 @@ def write_tokenizer(directory: Path, base_vocab: int, vocab_size: int, max_lengt
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": max_length_tokens,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": chat_template,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    (directory / "chat_template.jinja").write_text(chat_template)

@@ -5,7 +5,7 @@ multiplied. Shapes: V vocabulary, D hidden, F width of an FFN, N = 2F, S slots, 
 Q = (heads + 2 * kv heads) * head_dim. All weights are out-major: y = x @ weight.T.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from actors.checkpoint.config import ModelConfig
 from actors.checkpoint.index import CheckpointIndex
 from actors.checkpoint.layouts import fused, per_expert
 from actors.checkpoint.layouts.rules import ExpertTarget
-from actors.checkpoint.pieces import Piece, whole
+from actors.checkpoint.pieces import whole
 from actors.checkpoint.random_weights import quantize_fp8, random_down, random_gate_up, random_lm_head, random_tensor
 from actors.checkpoint.reader import Progress, Reader
 
@@ -107,15 +107,21 @@ def load_experts(
 
     Raises CheckpointError, and ValueError for a slot that the model does not have.
     """
-    fp8 = index.layout == "per_expert_fp8"
-    weights = _empty_experts(config, slots, dtype, torch.device(device), fp8)
-    read_expert = fused.expert_pieces if index.layout == "fused" else per_expert.expert_pieces
-    pieces: list[Piece] = []
-    for layer, experts in slots.items():
-        for slot, expert in enumerate(experts):
-            pieces.extend(read_expert(index.tensors, layer, expert, weights[layer].slot(slot)))
-    Reader().read(pieces, progress)
+    weights = _empty_experts(config, slots, dtype, torch.device(device), fp8=index.layout == "per_expert_fp8")
+    read_experts(index, _targets(weights, slots), progress)
     return weights
+
+
+def read_experts(
+    index: CheckpointIndex, wanted: Iterable[tuple[int, int, ExpertTarget]], progress: Progress | None = None
+) -> None:
+    """Reads experts, each a (layer, expert, where to), and nothing else. Raises CheckpointError.
+
+    On CUDA the reads are queued on the calling thread's current stream, and may not have ended when it returns.
+    """
+    pieces_of = fused.expert_pieces if index.layout == "fused" else per_expert.expert_pieces
+    pieces = [piece for layer, expert, target in wanted for piece in pieces_of(index.tensors, layer, expert, target)]
+    Reader().read(pieces, progress)
 
 
 def dummy_attention(config: ModelConfig, dtype: torch.dtype, device: torch.device | str, seed: int) -> AttentionWeights:
@@ -134,14 +140,17 @@ def dummy_experts(
 ) -> dict[int, ExpertWeights]:
     """Random experts made on the device. Each depends on (seed, layer, expert) only: any split is the same model."""
     weights = _empty_experts(config, slots, dtype, torch.device(device), fp8)
-    for layer, experts in slots.items():
-        for slot, expert in enumerate(experts):
-            target = weights[layer].slot(slot)
-            device = target.down_DF.device
-            gate_up_ND = random_gate_up(config, layer, expert, seed=seed, device=device)
-            _fill(target.gate_up_ND, target.gate_up_scale_N, gate_up_ND)
-            _fill(target.down_DF, target.down_scale_D, random_down(config, layer, expert, seed=seed, device=device))
+    for layer, expert, target in _targets(weights, slots):
+        make_expert(config, layer, expert, target, seed)
     return weights
+
+
+def make_expert(config: ModelConfig, layer: int, expert: int, target: ExpertTarget, seed: int) -> None:
+    """Fills `target`, on its device, with the random expert of (seed, layer, expert)."""
+    device = target.down_DF.device
+    gate_up_ND = random_gate_up(config, layer, expert, seed=seed, device=device)
+    _fill(target.gate_up_ND, target.gate_up_scale_N, gate_up_ND)
+    _fill(target.down_DF, target.down_scale_D, random_down(config, layer, expert, seed=seed, device=device))
 
 
 def num_weight_bytes(weights: AttentionWeights | Mapping[int, ExpertWeights]) -> int:
@@ -212,20 +221,30 @@ def _empty_ffn(config: ModelConfig, layer: int, dtype: torch.dtype, device: torc
 def _empty_experts(
     config: ModelConfig, slots: Slots, dtype: torch.dtype, device: torch.device, fp8: bool
 ) -> dict[int, ExpertWeights]:
-    weights = {}
-    hidden, width = config.hidden_size, config.expert_width
-    stored = torch.float8_e4m3fn if fp8 else dtype
     for layer, experts in slots.items():
         if not config.is_moe(layer) or any(not 0 <= expert < config.num_experts for expert in experts):
             raise ValueError(f"layer {layer} has no experts {experts}")
-        num_slots = len(experts)
-        weights[layer] = ExpertWeights(
-            gate_up_SND=torch.empty(num_slots, 2 * width, hidden, dtype=stored, device=device),
-            down_SDF=torch.empty(num_slots, hidden, width, dtype=stored, device=device),
-            gate_up_scale_SN=torch.empty(num_slots, 2 * width, device=device) if fp8 else None,
-            down_scale_SD=torch.empty(num_slots, hidden, device=device) if fp8 else None,
-        )
-    return weights
+    stored = torch.float8_e4m3fn if fp8 else dtype
+    return {layer: allocate_slots(config, len(experts), stored, device, fp8) for layer, experts in slots.items()}
+
+
+def allocate_slots(
+    config: ModelConfig, num_slots: int, dtype: torch.dtype, device: torch.device, scales: bool
+) -> ExpertWeights:
+    """Room for `num_slots` experts of one layer, contents undefined; with room for scales if they have any."""
+    hidden, width = config.hidden_size, config.expert_width
+    return ExpertWeights(
+        gate_up_SND=torch.empty(num_slots, 2 * width, hidden, dtype=dtype, device=device),
+        down_SDF=torch.empty(num_slots, hidden, width, dtype=dtype, device=device),
+        gate_up_scale_SN=torch.empty(num_slots, 2 * width, device=device) if scales else None,
+        down_scale_SD=torch.empty(num_slots, hidden, device=device) if scales else None,
+    )
+
+
+def _targets(weights: Mapping[int, ExpertWeights], slots: Slots) -> Iterator[tuple[int, int, ExpertTarget]]:
+    for layer, experts in slots.items():
+        for slot, expert in enumerate(experts):
+            yield layer, expert, weights[layer].slot(slot)
 
 
 def _parts(weights: AttentionWeights, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:

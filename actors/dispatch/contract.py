@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from actors.types import EMPTY_SLOT
+
 
 class ExpertCompute(Protocol):
     """What dispatch asks of the experts that live in this process (implemented by `actors/expert`)."""
@@ -67,12 +69,16 @@ def build_routing_table(
     num_experts: int,
     device: torch.device,
 ) -> RoutingTable:
-    """Inverts `slots_of_rank[rank][layer] = (expert of slot 0, …)`. Raises ValueError if an expert has no slot."""
+    """Inverts `slots_of_rank[rank][layer] = (expert of slot 0, …)`; EMPTY_SLOT is no expert.
+
+    Raises ValueError if an expert has no slot.
+    """
     holders: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for rank in sorted(slots_of_rank):
         for layer, experts in slots_of_rank[rank].items():
             for slot, expert in enumerate(experts):
-                holders.setdefault((layer, expert), []).append((rank, slot))
+                if expert != EMPTY_SLOT:
+                    holders.setdefault((layer, expert), []).append((rank, slot))
     missing = [(la, e) for la in moe_layers for e in range(num_experts) if (la, e) not in holders]
     if missing:
         raise ValueError(f"no rank holds expert {missing[0][1]} of layer {missing[0][0]} ({len(missing)} missing)")

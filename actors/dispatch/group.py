@@ -6,6 +6,8 @@ sent. Ranks are positions in the epoch's list of members.
 """
 
 import logging
+import os
+import socket
 import traceback
 from collections.abc import Sequence
 from datetime import timedelta
@@ -21,6 +23,7 @@ from actors.errors import RankError
 log = logging.getLogger("corral.dispatch")
 
 STORE_TIMEOUT_S = 30.0
+BACKLOG = 1024  # ranks that connect at once
 DEFAULT_TIMEOUT_S = 5.0
 
 
@@ -32,14 +35,18 @@ class RendezvousStore:
         self._store: TCPStore | None = None
 
     def start(self) -> None:
-        """Listens on a free port."""
-        self._store = TCPStore(
-            self._host,
-            0,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=STORE_TIMEOUT_S),
-        )
+        """Listens on a free port of `host` alone. Raises OSError."""
+        # Left to itself it would listen on all of the node's addresses, and it asks nobody who they are.
+        with socket.create_server((self._host, 0), backlog=BACKLOG) as listener:
+            port = listener.getsockname()[1]
+            self._store = TCPStore(
+                self._host,
+                port,
+                is_master=True,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=STORE_TIMEOUT_S),
+                master_listen_fd=os.dup(listener.fileno()),  # the store closes it
+            )
 
     @property
     def endpoint(self) -> str:
@@ -139,6 +146,12 @@ class EpochGroup:
         transport, self._transport = self._transport, None
         if transport is not None:
             transport.close()
+
+    def interrupt(self) -> None:
+        """Has whoever waits in this group fail at once. From any thread; the group is of no use afterwards."""
+        transport = self._transport
+        if transport is not None:
+            transport.interrupt()
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message], tag: int) -> Transfer:
         """Starts all sends and receives together. Messages of a pair and tag arrive in order; tags are below 2**31.

@@ -50,6 +50,10 @@ class Transport(Protocol):
         """Blocks until the device has done all that was queued on the current stream, so that it can be read."""
         ...
 
+    def interrupt(self) -> None:
+        """Makes whoever waits in another thread fail at once. The group is of no use afterwards, but for `close`."""
+        ...
+
     def close(self) -> None:
         """Lets go of every connection, so that peers notice. All works must have been dropped before."""
         ...
@@ -93,13 +97,17 @@ class GlooTransport:
     def synchronize(self) -> None:
         """Host memory is always current."""
 
-    def close(self) -> None:
-        # abort() closes nothing, nor does the destructor while anybody holds a work. But a receive whose time is up
-        # closes all sockets of its group: this one does, as nobody sends it anything.
-        pg, self._pg = self._pg, None
+    def interrupt(self) -> None:
+        # abort() wakes nobody and closes nothing, nor does the destructor while anybody holds a work. But a receive
+        # whose time is up closes all sockets of its group: this one does, as nobody sends it anything.
+        pg = self._pg
         if pg is not None and pg.size() > 1:
             with contextlib.suppress(RuntimeError):  # the timeout that is wanted, or a group that had failed before
                 pg.recv([torch.zeros(1)], (pg.rank() + 1) % pg.size(), CLOSING_TAG).wait(CLOSING_TIMEOUT)
+
+    def close(self) -> None:
+        self.interrupt()
+        self._pg = None
 
 
 class NcclTransport:
@@ -125,6 +133,7 @@ class NcclTransport:
         self._device = device
         self._timeout_s = timeout_s
         self._waited: deque[Any] = deque()  # an event after each wait: the timeout is of one wait, not of a step
+        self._interrupted = False
         nccl: Any = ProcessGroupNCCL
         self._pg: Any = nccl(store, rank, world, options)
         # Communicators are made by their first operation, which all ranks must take part in: it belongs to joining.
@@ -151,6 +160,9 @@ class NcclTransport:
     def synchronize(self) -> None:
         self._synchronize(self._timeout_s)
 
+    def interrupt(self) -> None:
+        self._interrupted = True
+
     def close(self) -> None:
         self._waited.clear()
         pg, self._pg = self._pg, None
@@ -164,6 +176,8 @@ class NcclTransport:
             start_s = time.monotonic()
             while not event.query():
                 waited_s = time.monotonic() - start_s
+                if self._interrupted:
+                    raise RuntimeError("the epoch is over")
                 if waited_s > timeout_s:
                     raise RuntimeError(f"the device was still waiting for a peer after {timeout_s} s")
                 if waited_s > SPIN_S:

@@ -1,26 +1,41 @@
-"""An expert rank's work: the routed experts of its slots.
+"""An expert rank's work: the routed experts of its slots, and their change beside serving.
 
 Owns the slots' weights, by layer. Implements ExpertCompute, through which dispatch reaches it. Knows nothing of
-requests, positions or other ranks.
+requests, positions or epochs: it is told which slots serve, and leaves those alone.
+
+One thread computes (`__call__`); another may load (`change`, `proofs`), and a third give experts away (`find`).
 """
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+import logging
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from actors.checkpoint.config import ModelConfig
-from actors.checkpoint.index import validate_checkpoint
-from actors.checkpoint.weights import ExpertWeights, dummy_experts, load_experts, num_weight_bytes
+from actors.checkpoint.weights import allocate_slots, num_weight_bytes
 from actors.config import PipelineConfig
-from actors.expert.experts import LayerExperts
+from actors.errors import CheckpointError, LayoutError
+from actors.expert.origin import Origin, make_origin
+from actors.expert.slots import Held, LayerSlots
+from actors.expert.weight_client import Copy, Want, WeightClient, choose_sources
 from actors.precision import compute_dtype
+from actors.types import EMPTY_SLOT, SlotProof, SlotSource
+from actors.wire import ChannelKeys
+
+log = logging.getLogger("corral.expert")
 
 Slots = Mapping[int, tuple[int, ...]]
-"""Layer -> expert of each slot."""
+"""Layer -> expert of each slot, EMPTY_SLOT where there is none."""
 
-DUMMY_SEED = 0
+Report = Callable[[int, int], None]  # (bytes done, bytes in all)
+
+READ_BATCH_BYTES = 512 * 1024 * 1024  # read, then proven, before the next; bounds what a CPU stages to widen it
+PROBE_SEED = 20250405
+NO_PROOF = SlotProof(checksum=0, probe=0.0)
 
 
 class ExpertWorker:
@@ -28,14 +43,26 @@ class ExpertWorker:
 
     def __init__(
         self,
-        slots: Slots,
-        weights: Mapping[int, ExpertWeights],
+        config: ModelConfig,
         dtype: torch.dtype,
         device: torch.device,
+        origin: Origin,
+        keys: ChannelKeys | None = None,
     ) -> None:
-        self.slots = dict(slots)
+        """Holds nothing yet. `keys` are those of the pipeline's channels, to copy from peers."""
         self.device = device
-        self._layers = {layer: LayerExperts(weights[layer], dtype) for layer in slots}
+        self.weights_name = f"{origin.name} as {dtype}"
+        self._config = config
+        self._dtype = dtype
+        self._origin = origin
+        self._keys = keys
+        self._layers: dict[int, LayerSlots] = {}
+        self._replaced: list[LayerSlots] = []
+        self._changing = threading.Lock()
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        generator = torch.Generator().manual_seed(PROBE_SEED)
+        with self._on_stream():
+            self._probe_1D = torch.randn(1, config.hidden_size, generator=generator).to(dtype).to(device)
 
     @classmethod
     def load(
@@ -44,22 +71,212 @@ class ExpertWorker:
         pipeline: PipelineConfig,
         slots: Slots,
         device: torch.device,
-        report: Callable[[int, int], None] | None = None,
+        report: Report | None = None,
+        sources: Sequence[SlotSource] = (),
+        keys: ChannelKeys | None = None,
     ) -> "ExpertWorker":
-        """Reads, or with `load: dummy` makes, the experts of `slots`. Raises CheckpointError."""
-        dtype = compute_dtype(config, pipeline)
-        if pipeline.load == "dummy":
-            weights = dummy_experts(config, slots, dtype, device, DUMMY_SEED, fp8=config.quantized == "fp8")
-        else:
-            weights = load_experts(validate_checkpoint(Path(pipeline.model)), config, slots, dtype, device, report)
-        return cls(slots, weights, dtype, device)
+        """Copies from `sources`, reads, or with `load: dummy` makes, the experts of `slots`.
+
+        Raises CheckpointError; ValueError for slots that the model does not have; LayoutError if they do not fit.
+        """
+        worker = cls(config, compute_dtype(config, pipeline), device, make_origin(config, pipeline), keys)
+        worker.change(slots, {}, sources, report)
+        return worker
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weights as they are held."""
-        return num_weight_bytes({layer: experts.weights for layer, experts in self._layers.items()})
+        """Bytes of the weights as they are held, room of empty slots included."""
+        return num_weight_bytes({layer: slots.weights for layer, slots in list(self._layers.items())})
 
     @torch.inference_mode()
     def __call__(self, layer: int, x_ND: Tensor, slots_N: Tensor) -> Tensor:
         """Row n through the expert in slot `slots_N[n]` of `layer`; rows with slot -1 come back as zeros."""
-        return self._layers[layer](x_ND, slots_N)
+        return self._layers[layer].experts(x_ND, slots_N)
+
+    @property
+    def slots(self) -> dict[int, tuple[int, ...]]:
+        """What lies in every slot now, in use or not."""
+        return {
+            layer: tuple(slots.expert_in(slot) for slot in range(slots.capacity))
+            for layer, slots in list(self._layers.items())
+        }
+
+    def holds(self, slots: Slots) -> bool:
+        """Whether every expert that `slots` names lies in its slot, and there is room for those that it does not."""
+        return all(
+            layer in self._layers and len(experts) <= self._layers[layer].capacity for layer, experts in slots.items()
+        ) and not any(True for _ in self._missing(slots))
+
+    def find(self, layer: int, expert: int) -> tuple[LayerSlots, int, Held] | None:
+        """Where an expert is held, in use or not. The slot may be written again at any time: see LayerSlots.held."""
+        layer_slots = self._layers.get(layer)
+        found = layer_slots.find(expert) if layer_slots else None
+        return (layer_slots, *found) if layer_slots and found else None
+
+    def proofs(self, slots: Slots) -> dict[int, tuple[SlotProof, ...]]:
+        """Of every slot, made when it was loaded; zeros for empty ones. Raises ValueError for what is not held."""
+        return {layer: tuple(self._proof(layer, *at) for at in enumerate(experts)) for layer, experts in slots.items()}
+
+    def _proof(self, layer: int, slot: int, expert: int) -> SlotProof:
+        if expert == EMPTY_SLOT:
+            return NO_PROOF
+        held = self._layers[layer].held(slot) if layer in self._layers else None
+        if held is None or held.expert != expert:
+            raise ValueError(f"slot {slot} of layer {layer} does not hold expert {expert}")
+        return held.proof
+
+    # --- change, beside serving ---------------------------------------------------------------------------------------
+
+    def change(
+        self, slots: Slots, in_use: Slots, sources: Sequence[SlotSource] = (), report: Report | None = None
+    ) -> None:
+        """Loads what `slots` names and is not there yet: from another slot, from peers, or from the checkpoint.
+
+        Slots that `in_use` gives an expert are never written; `slots` may name the same expert there, or none. A layer
+        that needs more slots than it has moves to new memory (see `free_replaced`). Raises ValueError if a slot in use
+        would change, CheckpointError, LayoutError; what serves is not affected then, what came is kept, and the same
+        may be asked for again.
+        """
+        with self._changing, self._on_stream():
+            self._check(slots, in_use)
+            self._make_room(slots)
+            wants = [w for w in self._missing(slots) if not self._copy_here(w)]
+            progress = _Progress(report, sum(self._num_bytes(want) for want in wants))
+            for want in wants:
+                self._layers[want.layer].drop(want.slot)
+            self._read(self._fetch(wants, sources, progress), progress)
+
+    def free_replaced(self) -> None:
+        """Frees the memory that layers left when they moved. Call it between steps; what captured the old addresses
+        (a CUDA graph) must not run again. On a CPU there is nothing to do.
+        """
+        if self._replaced and self._stream is not None:
+            torch.cuda.synchronize(self.device)
+            self._replaced.clear()
+
+    def _check(self, slots: Slots, in_use: Slots) -> None:
+        config = self._config
+        for layer, experts in slots.items():
+            if not config.is_moe(layer) or any(not EMPTY_SLOT <= expert < config.num_experts for expert in experts):
+                raise ValueError(f"layer {layer} has no experts {experts}")
+        for layer, experts in in_use.items():
+            for slot, (old, new) in enumerate(zip(experts, slots.get(layer, ()), strict=False)):
+                if old != EMPTY_SLOT and new not in (EMPTY_SLOT, old):
+                    raise ValueError(f"slot {slot} of layer {layer} serves expert {old}: it cannot become {new}")
+                if old != EMPTY_SLOT and (layer not in self._layers or self._layers[layer].expert_in(slot) != old):
+                    raise ValueError(f"slot {slot} of layer {layer} does not hold expert {old}, and yet it serves")
+
+    def _make_room(self, slots: Slots) -> None:
+        for layer, experts in slots.items():
+            old = self._layers.get(layer)
+            if old is not None and len(experts) <= old.capacity:
+                continue
+            new = self._allocate(layer, len(experts))
+            if old is not None:
+                old.copy_to(new)
+                self._synchronize()
+                if self._stream is not None:  # kernels of steps read it, and their graphs may do so again
+                    self._replaced.append(old)
+            self._layers[layer] = new
+
+    def _allocate(self, layer: int, num_slots: int) -> LayerSlots:
+        is_fp8 = self._config.quantized == "fp8"
+        # A CPU cannot multiply fp8: it is held widened, which is exact (its scales stay apart).
+        held = torch.float8_e4m3fn if is_fp8 and self.device.type == "cuda" else self._dtype
+        try:
+            return LayerSlots(allocate_slots(self._config, num_slots, held, self.device, is_fp8), self._dtype)
+        except torch.OutOfMemoryError as e:
+            raise LayoutError(f"no memory for {num_slots} experts of layer {layer}: {e}") from e
+
+    def _missing(self, slots: Slots) -> Iterator[Want]:
+        for layer, experts in slots.items():
+            for slot, expert in enumerate(experts):
+                if expert not in (EMPTY_SLOT, self._layers[layer].expert_in(slot)):
+                    yield Want(layer, slot, expert)
+
+    def _copy_here(self, want: Want) -> bool:
+        """Copies the expert from another slot of this rank; False if there is none."""
+        found = self.find(want.layer, want.expert)
+        if found is None:
+            return False
+        layer_slots, source, held = found
+        layer_slots.drop(want.slot)
+        layer_slots.copy_slot(source, want.slot)
+        return self._accept(want, held.proof.checksum)
+
+    def _fetch(self, wants: Sequence[Want], sources: Sequence[SlotSource], progress: "_Progress") -> list[Want]:
+        """Takes from peers what they have. Returns the rest."""
+        chosen = choose_sources(wants, sources)
+        if not chosen:
+            return list(wants)
+        copies = {
+            endpoint: [Copy(want, self._layers[want.layer].parts(want.slot)) for want in some]
+            for endpoint, some in chosen.items()
+        }
+        failed = set(WeightClient(self.weights_name, self._accept, progress.add, self._keys).fetch(copies))
+        taken = {want for some in chosen.values() for want in some} - failed
+        progress.done_bytes = sum(self._num_bytes(want) for want in taken)  # less what came for nothing
+        log.info("copied %d of %d missing experts from peers", len(taken), len(wants))
+        return [want for want in wants if want not in taken]
+
+    def _accept(self, want: Want, checksum: int) -> bool:
+        """Proves an expert that was copied into its slot, and holds it if it is what it should be."""
+        proof = self._layers[want.layer].prove(want.slot, self._probe_1D)
+        if proof.checksum != checksum or not math.isfinite(proof.probe):
+            return False
+        self._layers[want.layer].hold(want.slot, want.expert, proof)
+        return True
+
+    def _read(self, wants: Sequence[Want], progress: "_Progress") -> None:
+        """Fills the slots from the origin, batch by batch. Raises CheckpointError."""
+        per_batch = max(1, READ_BATCH_BYTES // self._num_bytes(wants[0])) if wants else 1
+        for first in range(0, len(wants), per_batch):
+            batch = wants[first : first + per_batch]
+            staged = [self._layers[want.layer].staging(want.slot) for want in batch]
+            targets = [(want.layer, want.expert, target) for want, target in zip(batch, staged, strict=True)]
+            self._origin.fill(targets, progress.part(len(batch) * self._num_bytes(batch[0])))
+            for want, target in zip(batch, staged, strict=True):
+                self._layers[want.layer].take_in(want.slot, target)
+                self._prove(want)
+
+    def _prove(self, want: Want) -> None:
+        layer_slots = self._layers[want.layer]
+        proof = layer_slots.prove(want.slot, self._probe_1D)
+        if not math.isfinite(proof.probe):
+            problem = f"expert {want.expert} of layer {want.layer} does not compute finite numbers"
+            raise CheckpointError(self._origin.name, None, problem)
+        layer_slots.hold(want.slot, want.expert, proof)
+
+    def _num_bytes(self, want: Want) -> int:
+        return sum(part.num_bytes for part in self._layers[want.layer].parts(want.slot))
+
+    def _on_stream(self) -> AbstractContextManager[object]:
+        """Loading does not queue behind steps, nor steps behind it."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def _synchronize(self) -> None:
+        if self._stream is not None:
+            self._stream.synchronize()
+
+
+class _Progress:
+    """Counts stored bytes for those who wait."""
+
+    def __init__(self, report: Report | None, total_bytes: int) -> None:
+        self.done_bytes = 0
+        self._report = report
+        self._total_bytes = total_bytes
+
+    def add(self, num_bytes: int) -> None:
+        self.done_bytes += num_bytes
+        if self._report is not None:
+            self._report(self.done_bytes, self._total_bytes)
+
+    def part(self, num_bytes: int) -> Report:
+        """The progress of the next `num_bytes`, which whoever makes them may count in bytes of its own."""
+        begin_bytes = self.done_bytes
+
+        def report(done: int, total: int) -> None:
+            self.add(begin_bytes + num_bytes * done // max(1, total) - self.done_bytes)
+
+        return report

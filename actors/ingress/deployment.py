@@ -26,6 +26,7 @@ from actors.ingress.telemetry import (
     Front,
 )
 from actors.ingress.worker import Ingress
+from actors.wire import ChannelKeys
 
 
 class ServeSink:
@@ -75,7 +76,8 @@ class IngressDeployment:
     ) -> None:
         self._router = router
         card = ModelCard.parse(await router.describe.remote())
-        self._ingress = Ingress.load(card, self._discover, IngressConfig.parse(config or {}), ServeSink())
+        keys = ChannelKeys.from_secret(await router.channel_secret.remote())
+        self._ingress = Ingress.load(card, self._discover, IngressConfig.parse(config or {}), ServeSink(), keys)
         self._grpc = GrpcFront(self._ingress)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:  # noqa: N807, RUF100 (Serve's name)
@@ -107,8 +109,8 @@ class IngressDeployment:
     async def GetModel(self, request: Any, grpc_context: RayServegRPCContext) -> Any:  # noqa: N802
         return await self._grpc.get_model(request, grpc_context)
 
-    async def ListModels(self, request: Any) -> Any:  # noqa: N802
-        return await self._grpc.list_models()
+    async def ListModels(self, request: Any, grpc_context: RayServegRPCContext) -> Any:  # noqa: N802
+        return await self._grpc.list_models(request, grpc_context)
 
     async def Check(self, request: Any, grpc_context: RayServegRPCContext) -> Any:  # noqa: N802
         return await self._grpc.check_health(request, grpc_context)

@@ -93,12 +93,16 @@ class GrpcFront:
     async def get_model(self, request: Any, context: Context) -> Any:
         """GetModelRequest in, Model out."""
         async with _status_on(context):
+            self._check_key(context)
             return self._model(self._ingress.check_model(request.model))
         return pb.Model()
 
-    async def list_models(self) -> Any:
-        """ListModelsResponse."""
-        return pb.ListModelsResponse(models=[self._model(name) for name in self._ingress.model_names])
+    async def list_models(self, request: Any, context: Context) -> Any:
+        """ListModelsRequest in, ListModelsResponse out."""
+        async with _status_on(context):
+            self._check_key(context)
+            return pb.ListModelsResponse(models=[self._model(name) for name in self._ingress.model_names])
+        return pb.ListModelsResponse()
 
     async def check_health(self, request: Any, context: Context) -> Any:
         """grpc.health.v1 Check: SERVING while the router serves; NOT_FOUND for a service that is not here."""
@@ -120,7 +124,11 @@ class GrpcFront:
         """grpc.health.v1 List: the status of every service."""
         return health_pb2.HealthListResponse(statuses={service: self._health() for service in SERVICES})
 
+    def _check_key(self, context: Context) -> None:
+        self._ingress.check_key(dict(context.invocation_metadata()).get("authorization"))
+
     async def _prepare(self, request: Any, context: Context) -> tuple[str, GenerationSpec]:
+        self._check_key(context)
         limit_bytes = self._ingress.config.max_body_bytes
         if request.ByteSize() > limit_bytes:
             raise BodyTooLargeError("request", f"is larger than {limit_bytes} bytes")

@@ -69,9 +69,11 @@ class HttpFront:
         })  # fmt: skip
 
     async def list_models(self, request: Request) -> Response:
+        self._check_key(request)
         return _json({"object": "list", "data": [self._model(name) for name in self._ingress.model_names]})
 
     async def get_model(self, request: Request) -> Response:
+        self._check_key(request)
         name = request.path_params["model"]
         if not name:
             raise ModelNotFoundError(name)
@@ -103,6 +105,7 @@ class HttpFront:
         async def run() -> AsyncGenerator[bytes | None, None]:
             """Yields None once it is known that the call does not stream, then JSON; or else events."""
             with self._ingress.call("http", api) as call:
+                self._check_key(request)
                 body = parse_body(await read_body(request, self._ingress.config.max_body_bytes), kind)
                 model = self._ingress.check_model(body.model)
                 spec = await prepare(body)
@@ -124,6 +127,9 @@ class HttpFront:
             return EventStream(first, output)
         async with aclosing(output):
             return Response(await anext(output), media_type="application/json")
+
+    def _check_key(self, request: Request) -> None:
+        self._ingress.check_key(request.headers.get("authorization"))
 
     def _model(self, name: str) -> dict[str, Any]:
         return model_object(name, self._ingress.card.created_s, self._ingress.card.max_model_len)

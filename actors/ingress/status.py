@@ -22,6 +22,7 @@ from actors.errors import (
     OverloadedError,
     RequestCancelledError,
     RequestError,
+    UnauthenticatedError,
     UnavailableError,
 )
 from actors.types import ErrorInfo
@@ -46,6 +47,7 @@ TABLE: dict[type[BaseException], Status] = {
         400, "invalid_request_error", "context_length_exceeded", grpc.StatusCode.INVALID_ARGUMENT
     ),
     RequestError: Status(400, "invalid_request_error", None, grpc.StatusCode.INVALID_ARGUMENT),
+    UnauthenticatedError: Status(401, "invalid_request_error", "invalid_api_key", grpc.StatusCode.UNAUTHENTICATED),
     ModelNotFoundError: Status(404, "invalid_request_error", "model_not_found", grpc.StatusCode.NOT_FOUND),
     OverloadedError: Status(429, "rate_limit_error", "rate_limit_exceeded", grpc.StatusCode.RESOURCE_EXHAUSTED),
     DeadlineError: Status(504, "timeout_error", "deadline_exceeded", grpc.StatusCode.DEADLINE_EXCEEDED),
@@ -92,7 +94,12 @@ def openai_error(error: BaseException) -> dict[str, Any]:
 
 
 def http_headers(error: BaseException) -> dict[str, str]:
-    """Headers beside the error body: Retry-After in whole seconds (RFC 9110 10.2.3), at least 1."""
+    """Headers beside the error body: Retry-After in whole seconds, at least 1, and how to authenticate.
+
+    Source: RFC 9110, sections 10.2.3 and 11.6.1.
+    """
+    if isinstance(error, UnauthenticatedError):
+        return {"www-authenticate": "Bearer"}
     delay_s = retry_after_s(error)
     return {} if delay_s is None else {"retry-after": str(max(1, math.ceil(delay_s)))}
 

@@ -46,6 +46,7 @@ class ScriptedRouter:
         self.status = RouterStatus(serving=True, detail="scripted")
         self.answers_beats = True
         self.submitted: list[Request] = []
+        self.num_again = 0  # of them, those that came again
         self.cancelled: list[str] = []
 
     async def start(self) -> str:
@@ -88,9 +89,10 @@ class ScriptedRouter:
                 case Beat():
                     if self.answers_beats:
                         await self._socket.send_multipart([owner, FROM_ROUTER.encode(self.status)])
-                case Submit(request=request):
+                case Submit(request=request, again=again):
                     self._owners[request.request_id] = owner
                     self.submitted.append(request)
+                    self.num_again += again
                     if self._script is not None:
                         await self._answer(request, self._script(request))
                 case Cancel(request_id=request_id):

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from actors.config import IngressConfig
 from actors.errors import CorralError, ModelNotFoundError
+from actors.ingress.api_keys import ApiKeys
 from actors.ingress.ask import Ask, AskChecker, GenerationSpec
 from actors.ingress.generation import Answer, CallText, Delta
 from actors.ingress.model_card import ModelCard, read_sampling_defaults
@@ -22,6 +23,7 @@ from actors.ingress.router_client import Discover, RouterClient
 from actors.ingress.telemetry import Api, CallTimer, Front, NullSink, Sink
 from actors.ingress.tokenizer import TextTokenizer
 from actors.types import RouterStatus
+from actors.wire import ChannelKeys
 
 log = logging.getLogger("corral.ingress")
 T = TypeVar("T")
@@ -50,21 +52,32 @@ class Ingress:
         config: IngressConfig,
         sink: Sink,
     ) -> None:
+        """Raises ConfigError where the file of API keys cannot be used."""
         self.card = card
         self.tokenizer = tokenizer
         self.config = config
         self._router = router
         self._checker = checker
         self._sink = sink
+        self._api_keys = ApiKeys.read(config.api_keys_file)
         self._executor: ThreadPoolExecutor | None = None
 
     @staticmethod
-    def load(card: ModelCard, discover: Discover, config: IngressConfig, sink: Sink | None = None) -> "Ingress":
-        """Reads the checkpoint's tokenizer and sampling defaults. Raises CheckpointError."""
+    def load(
+        card: ModelCard,
+        discover: Discover,
+        config: IngressConfig,
+        sink: Sink | None = None,
+        keys: ChannelKeys | None = None,
+    ) -> "Ingress":
+        """Reads the checkpoint's tokenizer and sampling defaults. `keys`: of the pipeline's channels.
+
+        Raises CheckpointError and ConfigError.
+        """
         directory = Path(card.model)
         checker = AskChecker(card, read_sampling_defaults(directory), config)
         tokenizer = TextTokenizer.load(directory, card.bos_token_id)
-        return Ingress(card, tokenizer, RouterClient(discover), checker, config, sink or NullSink())
+        return Ingress(card, tokenizer, RouterClient(discover, keys=keys), checker, config, sink or NullSink())
 
     async def start(self) -> None:
         self._executor = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenizer")
@@ -97,6 +110,10 @@ class Ingress:
     def model_names(self) -> tuple[str, ...]:
         """Names that clients may use for the one model served, the proper one first."""
         return (self.card.name, *self.config.extra_model_names)
+
+    def check_key(self, authorization: str | None) -> None:
+        """What a client showed as its API key. Raises UnauthenticatedError where one is needed."""
+        self._api_keys.check(authorization)
 
     def check_model(self, name: str) -> str:
         """Returns the name to answer with; empty is the only model. Raises ModelNotFoundError."""

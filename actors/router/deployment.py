@@ -17,12 +17,15 @@ from ray.util.metrics import Counter, Gauge
 from actors.checkpoint.config import read_model_config
 from actors.checkpoint.index import validate_checkpoint
 from actors.checkpoint.shape_models import resolve_model_directory
-from actors.config import PipelineConfig
+from actors.config import PipelineConfig, ScalingConfig
 from actors.dispatch.group import RendezvousStore
 from actors.errors import UnavailableError
 from actors.router.metrics import RouterMetrics
 from actors.router.worker import Router
+from actors.wire import ChannelKeys
 from cluster.layout import resolve
+from cluster.membership import plan_membership
+from cluster.pipeline_secret import pipeline_secret
 from cluster.placement import RayFleet, cluster_machines
 
 log = logging.getLogger("corral.router")
@@ -84,9 +87,19 @@ class MetricsPublisher:
             self._published[key] = total
 
 
-@serve.deployment(name="Router", num_replicas=1, max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.1})
+@serve.deployment(
+    name="Router",
+    num_replicas=1,
+    max_ongoing_requests=1000,
+    health_check_period_s=1.0,  # by which Serve notices that it died, and starts another
+    ray_actor_options={"num_cpus": 0.1},
+)
 class RouterDeployment:
-    """Checks the checkpoint before anything is placed, then starts the router, which brings up the ranks."""
+    """Checks the checkpoint before anything is placed, then starts the router, which brings up the ranks.
+
+    `user_config` holds the keys of ScalingConfig: changing them and deploying again applies them to the pipeline that
+    runs.
+    """
 
     def __init__(self, pipeline: dict[str, Any]) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
@@ -103,15 +116,36 @@ class RouterDeployment:
         host = ray.util.get_node_ip_address()
         self._store = RendezvousStore(host)
         self._store.start()
-        fleet = RayFleet(plan.pipeline)
-        self._router = Router(plan.pipeline, model, plan.ranks, fleet, self._store.endpoint)
+        self._secret = pipeline_secret(config.application)
+        self._membership = plan_membership(plan, ScalingConfig())
+        self._router = Router(
+            plan.pipeline,
+            model,
+            self._membership.balancer,
+            self._membership.autoscaler,
+            RayFleet(plan.pipeline, self._secret),
+            self._store.endpoint,
+            ChannelKeys.from_secret(self._secret),
+        )
         self._endpoint = self._router.start(host)
         self._publisher = MetricsPublisher(self._router.metrics)
         self._task = asyncio.get_event_loop().create_task(self._publish())
 
+    async def reconfigure(self, scaling: dict[str, Any]) -> None:
+        """Serve calls it with `user_config`, at first and whenever it changes. Raises ConfigError."""
+        self._membership.autoscaler.set_bounds(ScalingConfig.parse(scaling))
+
     async def endpoint(self) -> str:
         """Where ingresses connect: tcp://host:port."""
         return self._endpoint
+
+    async def channel_secret(self) -> bytes:
+        """What ingresses must know to be heard."""
+        return self._secret
+
+    async def snapshot(self) -> dict[str, Any]:
+        """The state of the pipeline, for `corral status`."""
+        return self._router.snapshot
 
     async def describe(self) -> dict[str, Any]:
         """What is served, for ingresses."""

@@ -1,33 +1,82 @@
-"""How a pipeline comes to serve, as a pure state machine: start, load, prepare, join, serve, and again after a loss.
+"""How a pipeline's membership changes, as a pure state machine: first start, growth, balance, and recovery after a loss.
 
-Owns the phase of the membership and what must be said to whom next. Knows nothing of sockets, processes or requests:
-the router tells it what happened and carries out the actions that it returns. Time is passed in, in seconds.
+Owns which ranks live, what they hold, the epoch that serves and the one change that is on its way. Knows nothing of
+sockets, processes or requests: the router tells it what happened and carries out the actions that it returns. Time is
+passed in, in seconds.
+
+A change goes through its phases in order, each begun when all its ranks have answered the one before: start the ranks
+that are new, load what differs, prepare, finish the steps in flight, join. Up to the join the old epoch serves on, and
+a change that fails leaves it so. A lost member of the epoch that serves ends that epoch and any change: the planner says
+who can serve soonest, and the same phases bring them up again.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from enum import Enum
+from functools import partial
 from typing import Any
 
-from actors.types import Epoch, Failed, Join, Joined, Load, Loaded, Prepare, Prepared, Progress, RankSpec, ToRank
+from actors.expert.proofs import Disagreement, disagreements
+from actors.router.membership import ExpertTokens, Goal, MembershipPlanner, Proposal
+from actors.types import (
+    Attach,
+    Attached,
+    Epoch,
+    Failed,
+    Join,
+    Joined,
+    Leave,
+    Load,
+    Loaded,
+    Prepare,
+    Prepared,
+    Progress,
+    RankEndpoints,
+    RankSpec,
+    Role,
+    SlotSource,
+    ToRank,
+)
 
-RETRY_FIRST_S = 0.2
+RETRY_FIRST_S = 0.1
 RETRY_MOST_S = 10.0
+FIND_TIMEOUT_S = 5.0  # for ranks of an earlier router to answer
+START_TIMEOUT_S = 600.0  # for a process to come up; the cluster may have to bring a node first
+PREPARE_MARGIN_S = 1.5  # reaching peers has a timeout of its own
+BLAME_AFTER_TRIES = 3  # a rank that does not answer so often is lost
+HISTORY = 20
 
 
 class Phase(Enum):
     STARTING = "starting ranks"
     LOADING = "loading weights"
     PREPARING = "preparing the epoch"
+    DRAINING = "finishing steps"
     JOINING = "joining the epoch"
-    SERVING = "serving"
-    WAITING = "waiting to try again"
-    BROKEN = "cannot serve"
 
 
 @dataclass(frozen=True, slots=True)
-class StartRanks:
-    """Have the fleet make sure that all ranks live; answer with `started` or `start_failed`."""
+class Start:
+    """Begin a process for a new rank."""
+
+    rank: int
+    roles: tuple[Role, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """End a rank's process and forget it."""
+
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Connect:
+    """Open the channels to a rank that came up."""
+
+    rank: int
+    endpoints: RankEndpoints
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,142 +86,481 @@ class Tell:
 
 
 @dataclass(frozen=True, slots=True)
-class BeginServing:
-    epoch: Epoch
-    loaded: dict[int, Loaded]
-
-
-@dataclass(frozen=True, slots=True)
-class EndEpoch:
-    """Stop planning; requests that ran in the epoch have lost their ranks."""
+class Suspend:
+    """The epoch is over without a successor yet; requests wait. Steps that were sent may never be answered."""
 
     problem: str
 
 
-Action = StartRanks | Tell | BeginServing | EndEpoch
+@dataclass(frozen=True, slots=True)
+class BeginServing:
+    """All ranks of `epoch` have joined. Attention ranks in `kept` still have their requests, the others have none."""
+
+    epoch: Epoch
+    loaded: dict[int, Loaded]
+    kept: frozenset[int]
+
+
+Action = Start | Kill | Connect | Tell | Suspend | BeginServing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChangeRecord:
+    """One change as people look back on it. Times in seconds; `pause_s` is how long no step was planned for it."""
+
+    epoch: int
+    why: str
+    began_s: float
+    took_s: float
+    pause_s: float
+    problem: str  # empty if it succeeded
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(slots=True)
+class _Member:
+    """A process that lives or is being started. `spec` is what it is known to hold."""
+
+    endpoints: RankEndpoints | None = None
+    spec: RankSpec | None = None
+    loaded: Loaded | None = None
+
+
+@dataclass(slots=True)
+class _Change:
+    epoch: Epoch
+    why: str
+    began_s: float
+    is_planned: bool
+    phase: Phase = Phase.STARTING
+    waiting_for: set[int] = field(default_factory=set)
+    ends_s: float = float("inf")
+    paused_s: float = 0.0  # when planning stopped for it
+    accused: Counter[int] = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ranks(self) -> tuple[RankSpec, ...]:
+        return self.epoch.ranks
 
 
 class EpochMachine:
-    """Drives one pipeline's membership. Every method returns the actions to carry out, in order."""
+    """Drives one pipeline's membership. Whatever it is told, it returns the actions to carry out, in order."""
 
-    def __init__(self, specs: Sequence[RankSpec], pipeline: dict[str, Any], store: str, join_timeout_s: float) -> None:
-        self._specs = {spec.rank: spec for spec in specs}
+    def __init__(
+        self,
+        planner: MembershipPlanner,
+        goal: Goal,
+        pipeline: dict[str, Any],
+        store: str,
+        join_timeout_s: float,
+    ) -> None:
+        """`pipeline` is the PipelineConfig as plain data; `store` the endpoint at which the ranks of an epoch meet."""
+        self.goal = goal
+        self._planner = planner
         self._pipeline = pipeline
         self._store = store
         self._join_timeout_s = join_timeout_s
-        self._waiting_for: set[int] = set()
-        self._loaded: dict[int, Loaded] = {}
-        self._progress: dict[int, tuple[int, int]] = {}
-        self._phase_ends_s = float("inf")
+        self._members: dict[int, _Member] = {}
+        self._finding: set[int] = set()
+        self._finding_ends_s = float("inf")
+        self._term = 0
+        self._next_rank = 0
+        self._number = 0  # of the latest epoch that was tried
+        self._last: Epoch | None = None  # the epoch that serves, or served last
+        self._kept: set[int] = set()  # attention ranks that still have the requests of `_last`
+        self._change: _Change | None = None
+        self._retry_at_s = float("inf")
         self._retry_s = RETRY_FIRST_S
-        self._epoch_number = 0
-        self.phase = Phase.WAITING
+        self._tries = 0  # to get up again since the last epoch served
+        self._disputes = 0  # over what an expert's weights are, since a planned change succeeded
+        self._suspended_s: float | None = None
+        self._progress: dict[int, tuple[int, int]] = {}
+        self.serving = False
+        self.broken = False
         self.problem = ""
+        self.history: deque[ChangeRecord] = deque(maxlen=HISTORY)
+
+    # --- what people see ----------------------------------------------------------------------------------------------
 
     @property
-    def epoch_number(self) -> int:
-        return self._epoch_number
+    def epoch(self) -> Epoch | None:
+        """The epoch that serves, or served last."""
+        return self._last
 
     @property
-    def serving(self) -> bool:
-        return self.phase is Phase.SERVING
+    def may_plan(self) -> bool:
+        """Whether new steps may be planned: an epoch serves, and no change waits for its steps to end."""
+        return self.serving and not (self._change and self._change.phase is Phase.DRAINING)
+
+    @property
+    def draining(self) -> bool:
+        """Whether `drained` is awaited, once no step is in flight."""
+        return self._change is not None and self._change.phase is Phase.DRAINING
+
+    @property
+    def changing(self) -> str:
+        """What the change that is on its way is for; empty if there is none."""
+        return self._change.why if self._change else ""
+
+    def live_ranks(self) -> tuple[int, ...]:
+        """Ranks whose processes listen."""
+        return tuple(rank for rank, member in self._members.items() if member.endpoints is not None)
 
     def detail(self) -> str:
-        """One line for people: the phase, how far it is, and the last problem."""
-        text = self.phase.value
-        if self.phase is Phase.LOADING and self._progress:
-            done, total = (sum(p[i] for p in self._progress.values()) for i in (0, 1))
-            text += f", {done / 1e9:.2f} of {total / 1e9:.2f} GB"
-        return f"{text} ({self.problem})" if self.problem and not self.serving else text
+        """One line for people: what serves, what is going on and how far it is, and the last problem."""
+        parts = ["serving" if self.serving else "not serving"]
+        if self.broken:
+            parts = ["cannot serve"]
+        elif self._change is not None:
+            text = self._change.phase.value
+            if self._change.phase is Phase.LOADING and self._progress:
+                done, total = (sum(p[i] for p in self._progress.values()) for i in (0, 1))
+                text += f", {done / 1e9:.2f} of {total / 1e9:.2f} GB"
+            parts.append(text)
+        if self.problem and not self.serving:
+            parts.append(self.problem)
+        return ": ".join(parts)
 
-    def begin(self) -> list[Action]:
-        self.phase, self._phase_ends_s = Phase.STARTING, float("inf")
-        return [StartRanks()]
+    # --- beginnings ---------------------------------------------------------------------------------------------------
 
-    def started(self) -> list[Action]:
-        """All processes live: have each load what it must hold (at once, where it holds it already)."""
-        if self.phase is not Phase.STARTING:
+    def begin(self, found: Sequence[int], now_s: float) -> list[Action]:
+        """`found` are the ranks that an earlier router left; their processes are being looked for."""
+        self._term = int(now_s * 1000)
+        self._next_rank = max(found, default=-1) + 1
+        if not found:
+            return self._bring_up("first start", now_s)
+        self._members = {rank: _Member() for rank in found}
+        self._finding, self._finding_ends_s = set(found), now_s + FIND_TIMEOUT_S
+        return []
+
+    def want(self, proposal: Proposal, now_s: float) -> list[Action]:
+        """Begins a planned change. Ask `idle` first."""
+        return self._start_change(proposal.ranks, proposal.why, now_s, is_planned=True)
+
+    def idle(self, now_s: float) -> bool:
+        """Whether an epoch serves, no change is on its way, and none has failed just now."""
+        return self.serving and self._change is None and (self._retry_at_s == float("inf") or now_s >= self._retry_at_s)
+
+    def proposer(self, tokens: ExpertTokens) -> Callable[[], Proposal | None]:
+        """The question to the planner what comes next, to be asked in any thread: it knows only what is so now."""
+        ranks = self._last.ranks if self._last else ()
+        return partial(self._planner.propose, ranks, self.goal, tokens, self._next_rank)
+
+    # --- news of processes --------------------------------------------------------------------------------------------
+
+    def up(self, rank: int, endpoints: RankEndpoints, now_s: float) -> list[Action]:
+        member = self._members.get(rank)
+        if member is None:
+            return [Kill(rank)]
+        member.endpoints = endpoints
+        actions: list[Action] = [Connect(rank, endpoints), Tell(rank, Attach(term=self._term))]
+        return actions + self._answered(Phase.STARTING, rank, now_s)
+
+    def on_attached(self, message: Attached, now_s: float) -> list[Action]:
+        if message.rank not in self._finding:
             return []
-        self._enter(Phase.LOADING, float("inf"))
-        return [Tell(spec.rank, Load(spec=spec, pipeline=self._pipeline)) for spec in self._specs.values()]
+        self._members[message.rank].spec = message.spec
+        self._finding.discard(message.rank)
+        return [] if self._finding else self._found(now_s)
 
-    def start_failed(self, problem: str, now_s: float) -> list[Action]:
-        return self._retry_later(problem, now_s) if self.phase is Phase.STARTING else []
+    def _found(self, now_s: float) -> list[Action]:
+        self._finding_ends_s = float("inf")
+        return self._bring_up("the router was restarted", now_s)
+
+    def lose(self, rank: int, cause: str, now_s: float) -> list[Action]:
+        """A rank is gone: its process ended, or the router gave it up (and kills it)."""
+        if self._members.pop(rank, None) is None:
+            return []
+        self._kept.discard(rank)
+        problem = f"rank {rank} was lost: {cause}"
+        if rank in self._finding:
+            self._finding.discard(rank)
+            return [] if self._finding else self._found(now_s)
+        if self.serving and self._last is not None and rank in _numbers(self._last.ranks):
+            return self._suspend(problem, now_s) + self._bring_up(problem, now_s)
+        if self._change is None or rank not in _numbers(self._change.ranks):
+            return []
+        return self._fail(problem, now_s)
+
+    def evict(self, rank: int, cause: str, now_s: float) -> list[Action]:
+        """Gives up a rank that lives but does not answer."""
+        return [Kill(rank), *self.lose(rank, cause, now_s)] if rank in self._members else []
+
+    def break_epoch(self, problem: str, now_s: float) -> list[Action]:
+        """The epoch that serves cannot go on, though nobody is known to be lost (a step without an answer)."""
+        if not self.serving:
+            return []
+        return self._suspend(problem, now_s) + self._bring_up(problem, now_s)
+
+    # --- answers of ranks ---------------------------------------------------------------------------------------------
 
     def on_progress(self, message: Progress) -> None:
         self._progress[message.rank] = (message.done_bytes, message.total_bytes)
 
     def on_loaded(self, message: Loaded, now_s: float) -> list[Action]:
-        if self.phase is not Phase.LOADING:
+        change = self._change
+        if change is None or message.epoch != change.epoch.epoch or message.rank not in change.waiting_for:
             return []
-        self._loaded[message.rank] = message
-        if not self._answered(message.rank):
-            return []
-        self._epoch_number = max(self._epoch_number + 1, int(now_s * 1000))  # above any epoch of a router before us
-        self._enter(Phase.PREPARING, now_s + self._join_timeout_s)
-        return [Tell(rank, Prepare(epoch=self._epoch())) for rank in self._specs]
+        member = self._members[message.rank]
+        member.loaded, member.spec = message, _spec_of(change.ranks, message.rank)
+        return self._answered(Phase.LOADING, message.rank, now_s)
 
     def on_prepared(self, message: Prepared, now_s: float) -> list[Action]:
-        if self.phase is not Phase.PREPARING or message.epoch != self._epoch_number:
-            return []
-        if not self._answered(message.rank):
-            return []
-        self._enter(Phase.JOINING, now_s + self._join_timeout_s)
-        return [Tell(rank, Join(epoch=self._epoch_number)) for rank in self._specs]
+        return self._answered(Phase.PREPARING, message.rank, now_s) if self._is_current(message.epoch) else []
 
-    def on_joined(self, message: Joined) -> list[Action]:
-        if self.phase is not Phase.JOINING or message.epoch != self._epoch_number or not self._answered(message.rank):
-            return []
-        self._enter(Phase.SERVING, float("inf"))
-        self._retry_s, self.problem = RETRY_FIRST_S, ""
-        return [BeginServing(self._epoch(), dict(self._loaded))]
+    def drained(self, now_s: float) -> list[Action]:
+        """No step is in flight any more."""
+        return self._answered(Phase.DRAINING, -1, now_s)
+
+    def on_joined(self, message: Joined, now_s: float) -> list[Action]:
+        return self._answered(Phase.JOINING, message.rank, now_s) if self._is_current(message.epoch) else []
 
     def on_failed(self, message: Failed, now_s: float) -> list[Action]:
         """A rank could not do what it was told. Stale news of an epoch that is over is dropped."""
-        if self.phase in (Phase.WAITING, Phase.BROKEN, Phase.STARTING):
-            return []
-        if message.epoch and message.epoch != self._epoch_number:
-            return []
         problem = f"rank {message.rank}: {message.problem}"
-        if message.fatal:
-            actions: list[Action] = [EndEpoch(problem)] if self.serving else []
-            self.phase, self.problem, self._phase_ends_s = Phase.BROKEN, problem, float("inf")
-            return actions
-        return self.end(problem, now_s)
-
-    def end(self, problem: str, now_s: float) -> list[Action]:
-        """The epoch is lost (a dead rank, a step over its time). Tries again after a growing pause."""
-        if self.phase is Phase.BROKEN:
+        if self.serving and self._last is not None and message.epoch == self._last.epoch:
+            return self.break_epoch(problem, now_s)
+        change = self._change
+        if change is None or not self._is_current(message.epoch):
             return []
-        actions: list[Action] = [EndEpoch(problem)] if self.serving else []
-        return actions + self._retry_later(problem, now_s)
+        change.problems.append(problem)
+        change.accused.update(message.suspects)
+        if message.fatal and self._last is None:
+            self.broken, self.problem, self._change = True, problem, None
+            return []
+        if change.phase is Phase.LOADING:
+            return self._fail(problem, now_s)
+        return self._answered(change.phase, message.rank, now_s)
 
     def tick(self, now_s: float) -> list[Action]:
         """Lets time pass: a phase over its time fails, a pause ends."""
-        if now_s < self._phase_ends_s:
-            return []
-        if self.phase is Phase.WAITING:
-            return self.begin()
-        late = ", ".join(str(rank) for rank in sorted(self._waiting_for))
-        return self.end(f"{self.phase.value}: no answer from rank {late}", now_s)
-
-    def _epoch(self) -> Epoch:
-        store = self._store if len(self._specs) > 1 else ""
-        return Epoch(epoch=self._epoch_number, ranks=tuple(self._specs.values()), store=store)
-
-    def _enter(self, phase: Phase, ends_s: float) -> None:
-        self.phase, self._phase_ends_s = phase, ends_s
-        self._waiting_for = set(self._specs)
-        if phase is Phase.LOADING:
-            self._loaded, self._progress = {}, {}
-
-    def _answered(self, rank: int) -> bool:
-        """Notes an answer; whether it was the last one."""
-        self._waiting_for.discard(rank)
-        return not self._waiting_for
-
-    def _retry_later(self, problem: str, now_s: float) -> list[Action]:
-        self.phase, self.problem = Phase.WAITING, problem
-        self._phase_ends_s = now_s + self._retry_s
-        self._retry_s = min(self._retry_s * 2, RETRY_MOST_S)
+        if now_s >= self._finding_ends_s:
+            return [action for rank in sorted(self._finding) for action in self.evict(rank, "silent", now_s)]
+        change = self._change
+        if change is not None and now_s >= change.ends_s:
+            late = sorted(change.waiting_for)
+            problem = f"{change.phase.value}: no answer from rank {', '.join(map(str, late))}"
+            if change.phase is Phase.STARTING:
+                return [action for rank in late for action in self.evict(rank, problem, now_s)]
+            change.problems.append(problem)
+            if self._tries >= BLAME_AFTER_TRIES:
+                change.accused.update(late)
+            return self._fail(problem, now_s)
+        if change is None and not self.serving and not self.broken and now_s >= self._retry_at_s:
+            return self._bring_up(self.problem, now_s)
         return []
+
+    # --- the phases ---------------------------------------------------------------------------------------------------
+
+    def _bring_up(self, why: str, now_s: float) -> list[Action]:
+        """The change to whatever can serve soonest, from the ranks that hold something now."""
+        last = {spec.rank: spec for spec in self._last.ranks} if self._last else {}
+        survivors: list[RankSpec] = []
+        for rank, member in sorted(self._members.items()):
+            if member.endpoints is not None and member.spec is not None:
+                survivors.append(last.get(rank, member.spec))
+        if survivors:
+            lost = [spec for rank, spec in last.items() if rank not in self._members]
+            ranks = self._planner.recover(survivors, lost, self._next_rank)
+        else:
+            ranks = self._planner.first(self.goal, self._next_rank)
+        wanted = _numbers(ranks)
+        dropped: list[Action] = [Kill(rank) for rank in sorted(self._members) if rank not in wanted]
+        self._members = {rank: member for rank, member in self._members.items() if rank in wanted}
+        self._kept &= wanted
+        return dropped + self._start_change(ranks, why, now_s, is_planned=False)
+
+    def _start_change(self, ranks: tuple[RankSpec, ...], why: str, now_s: float, is_planned: bool) -> list[Action]:
+        self._number = max(self._number + 1, int(now_s * 1000))  # above any epoch of a router before us
+        self._change = _Change(Epoch(epoch=self._number, ranks=ranks), why, now_s, is_planned)
+        self._retry_at_s, self._progress = float("inf"), {}
+        new = [spec for spec in ranks if spec.rank not in self._members]
+        for spec in new:
+            self._members[spec.rank] = _Member()
+            self._next_rank = max(self._next_rank, spec.rank + 1)
+        actions: list[Action] = [Start(spec.rank, spec.roles) for spec in new]
+        starting = {rank for rank in _numbers(ranks) if self._members[rank].endpoints is None}
+        return actions + self._enter(Phase.STARTING, starting, now_s, START_TIMEOUT_S)
+
+    def _enter(self, phase: Phase, waiting_for: set[int], now_s: float, timeout_s: float) -> list[Action]:
+        change = self._change
+        assert change is not None
+        change.phase, change.waiting_for, change.ends_s = phase, waiting_for, now_s + timeout_s
+        return [] if waiting_for else self._advance(now_s)
+
+    def _answered(self, phase: Phase, rank: int, now_s: float) -> list[Action]:
+        """Notes an answer; the last one ends the phase, well or badly."""
+        change = self._change
+        if change is None or change.phase is not phase:
+            return []
+        change.waiting_for.discard(rank)
+        if change.waiting_for:
+            return []
+        return self._fail(change.problems[0], now_s) if change.problems else self._advance(now_s)
+
+    def _advance(self, now_s: float) -> list[Action]:
+        """Begins the phase after the one that has ended."""
+        change = self._change
+        assert change is not None
+        match change.phase:
+            case Phase.STARTING:
+                return self._load(change, now_s)
+            case Phase.LOADING:
+                return self._prepare(change, now_s)
+            case Phase.PREPARING:
+                change.paused_s = now_s
+                return self._enter(Phase.DRAINING, {-1} if self.serving else set(), now_s, float("inf"))
+            case Phase.DRAINING:
+                return self._join(change, now_s)
+            case Phase.JOINING:
+                return self._serve(change, now_s)
+
+    def _load(self, change: _Change, now_s: float) -> list[Action]:
+        tells: list[Action] = []
+        for spec in change.ranks:
+            sources = self._sources(spec) if spec != self._members[spec.rank].spec else ()
+            tells.append(
+                Tell(spec.rank, Load(epoch=change.epoch.epoch, spec=spec, pipeline=self._pipeline, sources=sources))
+            )
+        return tells + self._enter(Phase.LOADING, _numbers(change.ranks), now_s, float("inf"))
+
+    def _sources(self, spec: RankSpec) -> tuple[SlotSource, ...]:
+        """Peers that hold experts in the last epoch and can give them to `spec`'s rank."""
+        peers = self._last.ranks if self._last and not self._disputes else ()
+        sources = []
+        for peer in peers:
+            member = self._members.get(peer.rank)
+            if peer.rank != spec.rank and peer.slots and member and member.endpoints and member.endpoints.weights:
+                sources.append(SlotSource(endpoint=member.endpoints.weights, experts=peer.slots))
+        return tuple(sources)
+
+    def _prepare(self, change: _Change, now_s: float) -> list[Action]:
+        loaded = {rank: member.loaded for rank, member in self._members.items() if member.loaded is not None}
+        proofs = {rank: loaded[rank].proofs for rank in _numbers(change.ranks)}
+        wrong = disagreements(change.ranks, proofs)
+        if wrong:
+            return self._settle_dispute(change, wrong[0], now_s)
+        endpoints = tuple(self._steps_endpoint(spec.rank) for spec in change.ranks)
+        store = self._store if len(change.ranks) > 1 else ""
+        epoch = Epoch(epoch=change.epoch.epoch, ranks=change.ranks, store=store, endpoints=endpoints)
+        change.epoch = epoch
+        tells: list[Action] = [Tell(spec.rank, Prepare(epoch=epoch)) for spec in change.ranks]
+        timeout_s = self._join_timeout_s + PREPARE_MARGIN_S
+        return tells + self._enter(Phase.PREPARING, _numbers(change.ranks), now_s, timeout_s)
+
+    def _settle_dispute(self, change: _Change, wrong: Disagreement, now_s: float) -> list[Action]:
+        """Replicas differ, and who is right is a guess. So next time all is read from the checkpoint; if they differ
+        again, the one that is outvoted goes, and if that does not help, the others.
+        """
+        self._disputes += 1
+        problem = f"rank {wrong.rank}, layer {wrong.layer}, slot {wrong.slot}: {wrong.why}"
+        expert = _spec_of(change.ranks, wrong.rank).slots[wrong.layer][wrong.slot]
+        holders = [spec.rank for spec in change.ranks if expert in spec.slots.get(wrong.layer, ())]
+        others = [rank for rank in holders if rank != wrong.rank]
+        suspects = [wrong.rank] if self._disputes == 2 else others if self._disputes > 2 else []
+        actions = self._fail(problem, now_s, [wrong.rank])
+        return actions + [action for rank in suspects for action in self.evict(rank, problem, now_s)]
+
+    def _steps_endpoint(self, rank: int) -> str:
+        endpoints = self._members[rank].endpoints
+        assert endpoints is not None, "it was waited for"
+        return endpoints.steps
+
+    def _join(self, change: _Change, now_s: float) -> list[Action]:
+        """From here on the epoch before is gone."""
+        self.serving = False
+        self._suspended_s = change.paused_s if self._suspended_s is None else self._suspended_s
+        tells: list[Action] = [
+            Tell(spec.rank, Join(epoch=change.epoch.epoch, fresh=spec.rank not in self._kept)) for spec in change.ranks
+        ]
+        return tells + self._enter(Phase.JOINING, _numbers(change.ranks), now_s, self._join_timeout_s + 1.0)
+
+    def _serve(self, change: _Change, now_s: float) -> list[Action]:
+        epoch, kept = change.epoch, frozenset(self._kept)
+        members = _numbers(epoch.ranks)
+        loaded = {rank: member.loaded for rank, member in self._members.items() if rank in members and member.loaded}
+        retired = sorted(set(self._members) - members)
+        self._record(change, "", now_s)
+        self._members = {rank: self._members[rank] for rank in members}
+        self._last, self._change, self.serving = epoch, None, True
+        self._kept = set(epoch.of_role("attention"))
+        self._retry_s, self._tries, self.problem = RETRY_FIRST_S, 0, ""
+        if change.is_planned:  # another recovery settles nothing: replicas may be left out of it
+            self._disputes = 0
+        return [BeginServing(epoch, loaded, kept & self._kept), *(Kill(rank) for rank in retired)]
+
+    # --- failures -----------------------------------------------------------------------------------------------------
+
+    def _suspend(self, problem: str, now_s: float) -> list[Action]:
+        """The epoch that serves is over. A change that was on its way ends with it; what it loaded may be of use."""
+        assert self._last is not None
+        self.serving, self.problem, self._suspended_s = False, problem, now_s
+        if self._change is not None:
+            self._record(self._change, problem, now_s)
+            self._change = None
+        leave = Leave(epoch=self._last.epoch)
+        survivors = [spec.rank for spec in self._last.ranks if spec.rank in self._members]
+        return [Suspend(problem), *(Tell(rank, leave) for rank in survivors)]
+
+    def _fail(self, problem: str, now_s: float, guilty: Sequence[int] = ()) -> list[Action]:
+        """The change has failed. Whoever serves goes on; else it is tried again, without those who are to blame."""
+        change = self._change
+        assert change is not None
+        self._record(change, problem, now_s)
+        self._change = None
+        self._retry_at_s = now_s + self._retry_s
+        self._retry_s = min(self._retry_s * 2, RETRY_MOST_S)
+        actions: list[Action] = []
+        if self.serving and self._last is not None:
+            serving = _numbers(self._last.ranks)
+            actions += [Kill(rank) for rank in sorted(self._members) if rank not in serving]
+            self._members = {rank: member for rank, member in self._members.items() if rank in serving}
+            return actions
+        self._tries += 1
+        self.problem = problem
+        if change.phase is Phase.JOINING:
+            leave = Leave(epoch=change.epoch.epoch)
+            actions += [Tell(rank, leave) for rank in sorted(self._members) if rank in _numbers(change.ranks)]
+        for rank in (*guilty, *_most_accused(change.accused)):
+            if rank in self._members:
+                actions += [Kill(rank)]
+                del self._members[rank]
+                self._kept.discard(rank)
+        return actions
+
+    def _record(self, change: _Change, problem: str, now_s: float) -> None:
+        pause_s = 0.0
+        if not problem and self._suspended_s is not None:
+            pause_s, self._suspended_s = now_s - self._suspended_s, None
+        self.history.append(
+            ChangeRecord(
+                epoch=change.epoch.epoch,
+                why=change.why,
+                began_s=change.began_s,
+                took_s=now_s - change.began_s,
+                pause_s=pause_s,
+                problem=problem,
+            )
+        )
+
+    def _is_current(self, epoch: int) -> bool:
+        return self._change is not None and self._change.epoch.epoch == epoch
+
+
+def _numbers(ranks: Sequence[RankSpec]) -> set[int]:
+    return {spec.rank for spec in ranks}
+
+
+def _spec_of(ranks: Sequence[RankSpec], rank: int) -> RankSpec:
+    return next(spec for spec in ranks if spec.rank == rank)
+
+
+def _most_accused(accused: Counter[int]) -> list[int]:
+    """The one rank that most others cannot reach; of equals the youngest, which has the least to lose."""
+    if not accused:
+        return []
+    most = max(accused.values())
+    return [max(rank for rank, count in accused.items() if count == most)]

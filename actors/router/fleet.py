@@ -1,25 +1,50 @@
 """Where ranks come from: the one thing the router needs of whatever places processes.
 
 Owns the interface only. `cluster/placement.py` implements it with Ray actors, `cluster/local_fleet.py` with plain
-processes or threads of this machine.
+processes of this machine. Nothing here blocks.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from actors.types import RankSpec
+from actors.types import RankEndpoints, Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankUp:
+    """A rank's process lives and listens."""
+
+    rank: int
+    endpoints: RankEndpoints
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankDown:
+    """A rank's process ended, or never came to be."""
+
+    rank: int
+    cause: str
+
+
+FleetNews = RankUp | RankDown
 
 
 class Fleet(Protocol):
-    """Starts, finds and watches the processes of ranks."""
+    """Starts, finds, watches and ends the processes of ranks."""
 
-    def ensure(self, specs: Sequence[RankSpec]) -> dict[int, str]:
-        """Makes sure that every rank's process lives (starting it, or finding the one that does) and returns its
-        command endpoint by rank. Blocks; called from a thread of its own. Raises UnavailableError when a rank
-        cannot be placed.
-        """
+    def find(self) -> tuple[int, ...]:
+        """Ranks that an earlier router left; their RankUp (or RankDown) follows as news. Called once, first."""
         ...
 
-    def lost(self) -> list[tuple[int, str]]:
-        """Ranks whose process died since the last call, with the cause in words. Does not block."""
+    def start(self, rank: int, roles: Sequence[Role]) -> None:
+        """Begins to start a process for a new rank number. RankUp or RankDown follows as news."""
+        ...
+
+    def kill(self, rank: int) -> None:
+        """Ends a rank's process, however deaf it is. RankDown follows unless it was told already."""
+        ...
+
+    def news(self) -> list[FleetNews]:
+        """What happened since the last call."""
         ...

@@ -16,7 +16,8 @@ class RouterMetrics:
         self.steps = 0
         self.step_tokens = 0
         self.generated_tokens = 0
-        self.step_seconds = 0.0
+        self.answers = 0  # of attention ranks to steps
+        self.step_seconds = 0.0  # in all answers
         self.expert_tokens: Counter[tuple[int, int]] = Counter()  # (layer, expert) -> tokens routed to it
         self.load: Load | None = None
         self.epoch = 0
@@ -28,6 +29,7 @@ class RouterMetrics:
         self.step_tokens += num_tokens
 
     def step_completed(self, result: StepResult) -> None:
+        self.answers += 1
         self.generated_tokens += len(result.tokens)
         self.step_seconds += result.elapsed_us / 1e6
         for layer, counts in result.expert_tokens.items():

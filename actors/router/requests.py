@@ -67,10 +67,11 @@ class RequestState:
         """Tokens that are known or in flight and whose KV is neither computed nor planned."""
         return self.length - self.computed - self.piece_tokens
 
-    @property
-    def has_emitted(self) -> bool:
-        """Whether any token went out since it was submitted here."""
-        return len(self.outputs) > len(self.request.output_ids)
+    def rewind(self) -> None:
+        """Back to the queue: nothing is computed, no page is held. Its tokens must all be known."""
+        self.phase, self.computed, self.rank = Phase.QUEUED, 0, -1
+        self.piece_tokens = self.piece_pages = self.num_pages = 0
+        self.global_pages, self.chunked_pages = [], []
 
     def finish_reason(self) -> FinishReason | None:
         """Why the outputs known so far end the request, or None. A stop id counts from index min_tokens on."""

@@ -12,8 +12,8 @@ so nobody starves. A decode that finds no page preempts the youngest of its rank
 queue and is computed again; the oldest always gets on, so everyone ends.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 from actors.errors import OverloadedError, RankError, RequestError
@@ -55,6 +55,10 @@ class Load:
     computed_tokens: int
     sampled_tokens: int
 
+    def as_dict(self) -> dict[str, float]:
+        """The counts by name, for people."""
+        return asdict(self) | {"kv_used_fraction": self.kv_used_fraction}
+
     @property
     def kv_used_fraction(self) -> float:
         """Used part of the fuller page group, in [0, 1]."""
@@ -86,14 +90,14 @@ class Scheduler:
         self._computed_tokens = self._sampled_tokens = self._num_preemptions = 0
         self._max_request_tokens = limits.max_model_len  # what the ranks of the latest epoch can hold
         self._ranks: dict[int, RankPlanner] = {}
-        self._set_ranks({} if ranks is None else ranks)
+        self._add_ranks(ranks or {}, ranks or {})
 
-    def _set_ranks(self, ranks: Mapping[int, RankPages]) -> None:
+    def _add_ranks(self, new: Mapping[int, RankPages], ranks: Mapping[int, RankPages]) -> None:
+        """Adds the ranks of `new`; `ranks` are all there are now."""
         limits, geometry = self.limits, self.geometry
-        self._ranks = {
-            rank: RankPlanner(rank, pages, geometry, limits.max_num_seqs, limits.watermark_fraction)
-            for rank, pages in sorted(ranks.items())
-        }
+        for rank, pages in new.items():
+            self._ranks[rank] = RankPlanner(rank, pages, geometry, limits.max_num_seqs, limits.watermark_fraction)
+        self._ranks = dict(sorted(self._ranks.items()))
         if ranks:
             # A rank with less may be where a request lands, so the smallest counts.
             self._max_request_tokens = min(
@@ -102,10 +106,11 @@ class Scheduler:
 
     # --- news from clients ---
 
-    def submit(self, request: Request, owner: bytes, now_s: float) -> None:
+    def submit(self, request: Request, owner: bytes, now_s: float, again: bool = False) -> None:
         """Queues a request for `owner`. A replay whose `output_ids` end it already is answered by the next `expire`.
 
-        Raises OverloadedError where the queue is full, RequestError where the request can never run.
+        Raises OverloadedError where the queue is full (not for requests that were admitted before and come `again`),
+        RequestError where the request can never run.
         """
         if request.request_id in self._live:
             raise RequestError("request_id", f"{request.request_id!r} is live already")
@@ -116,7 +121,7 @@ class Scheduler:
             return
         self._queue.observe(now_s)
         num_waiting, max_waiting = len(self._queue), self.limits.max_queued_requests
-        if num_waiting >= max_waiting and num_waiting >= max_waiting + self._num_open_seats():
+        if not again and num_waiting >= max_waiting and num_waiting >= max_waiting + self._num_open_seats():
             raise OverloadedError(f"{num_waiting} requests are waiting already", self._queue.retry_after_s())
         self._live[state.request_id] = state
         self._queue.append(state)
@@ -146,6 +151,12 @@ class Scheduler:
         state = self._live.get(request_id)
         return [] if state is None else [self._fail(state, _CANCELLED)]
 
+    def forget(self, request_id: str) -> None:
+        """Ends a request without an event: who asked for it asks again, with the tokens that arrived."""
+        state = self._live.get(request_id)
+        if state is not None:
+            self._end(state)
+
     def cancel_owner(self, owner: bytes) -> list[OwnedEvent]:
         """Ends all requests of an ingress that went away. There may be nobody to send the events to."""
         return [self._fail(state, _CANCELLED) for state in list(self._live.values()) if state.owner == owner]
@@ -153,7 +164,7 @@ class Scheduler:
     def expire(self, now_s: float) -> list[OwnedEvent]:
         """Ends requests whose `deadline_s` has come, queued or running. Call it before each `schedule`.
 
-        Also returns the last events of requests that ended in `submit` or `reset_ranks`.
+        Also returns the last events of requests that ended in `submit` or `change_ranks`.
         """
         events, self._events_due = self._events_due, []
         for state in self._deadlines.pop_due(now_s):
@@ -205,6 +216,16 @@ class Scheduler:
     def num_steps_in_flight(self) -> int:
         """Steps planned whose result is not in from every rank."""
         return max((len(rank.in_flight) for rank in self._ranks.values()), default=0)
+
+    @property
+    def num_seats(self) -> int:
+        """Requests that can run at once."""
+        return self.limits.max_num_seqs * len(self._ranks)
+
+    @property
+    def queue_s(self) -> float:
+        """Seconds until what waits now is likely to have been admitted; 0 if nothing waits."""
+        return self._queue.retry_after_s() if len(self._queue) else 0.0
 
     @property
     def has_requests(self) -> bool:
@@ -325,34 +346,43 @@ class Scheduler:
 
     # --- epochs ---
 
-    def fail_all(self, error: ErrorInfo, include_queued: bool = False) -> list[OwnedEvent]:
-        """The epoch is lost: ends what runs or has sent tokens; queued requests that sent none stay queued, unless
-        `include_queued`. There are no ranks, and hence no steps, until `reset_ranks`.
-        """
+    def fail_all(self, error: ErrorInfo) -> list[OwnedEvent]:
+        """Ends every live request: there is nobody to serve it any more."""
         events, self._events_due = self._events_due, []
-        for state in list(self._live.values()):
-            if state.phase is Phase.QUEUED and not state.has_emitted and not include_queued:
-                state.length -= state.num_in_flight
-                state.num_in_flight = 0
-            else:
-                events.append(self._fail(state, error))
-        self._set_ranks({})
-        return events
+        return events + [self._fail(state, error) for state in list(self._live.values())]
 
-    def reset_ranks(self, ranks: Mapping[int, RankPages]) -> None:
-        """Begins an epoch with these attention ranks, all pages free. Queued requests that no longer fit end.
+    def change_ranks(self, ranks: Mapping[int, RankPages], kept: Collection[int]) -> None:
+        """Begins an epoch with these attention ranks. Those in `kept` still have their requests, pages and the steps
+        that they have not answered; the others have none, and all their pages are free.
 
-        Raises ValueError where requests still run: `fail_all` comes first.
+        Requests of any other rank go back to the head of the queue, oldest first, to be computed again from prompt and
+        outputs, wherever there is room. Those that no longer fit anywhere end.
         """
-        if len(self._live) > len(self._queue):
-            raise ValueError(f"{len(self._live) - len(self._queue)} requests still run in the epoch before")
-        self._set_ranks(ranks)
-        for state in list(self._live.values()):
+        for rank, planner in list(self._ranks.items()):
+            if rank not in ranks or rank not in kept:
+                self._requeue(planner)
+                del self._ranks[rank]
+        self._add_ranks({rank: pages for rank, pages in ranks.items() if rank not in self._ranks}, ranks)
+        for state in [state for state in self._live.values() if state.phase is Phase.QUEUED]:
             if state.length + 1 > self._max_request_tokens:
                 problem = f"{state.length} tokens no longer fit: the KV cache shrank to {self._max_request_tokens}"
                 self._events_due.append(self._fail(state, ErrorInfo(kind="UnavailableError", problem=problem)))
             else:
                 state.max_length = self._max_length(state.request)
+
+    def _requeue(self, planner: RankPlanner) -> None:
+        """Queues the requests of a rank that is gone again, as far as their tokens are known here."""
+        draining = []
+        for record in planner.in_flight:
+            for state in record.sampling:  # running, preempted, or over but for a token that will not come now
+                if state.phase is not Phase.DONE and state.num_in_flight:
+                    state.length -= state.num_in_flight
+                    state.num_in_flight = 0
+                    if state.phase is Phase.DRAINING:
+                        draining.append(state)
+        for state in reversed([*draining, *planner.running]):
+            state.rewind()
+            self._queue.push_front(state)
 
     # --- what people see ---
 

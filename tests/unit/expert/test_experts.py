@@ -1,6 +1,5 @@
 """Routed experts: order, padding, counts, fp8 and the grouped path, against one matmul at a time."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -11,21 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from actors.checkpoint.shapes import SHAPES, shape_config
-from actors.checkpoint.weights import ExpertWeights, dummy_experts, load_experts
+from actors.checkpoint.weights import ExpertWeights, load_experts
 from actors.config import PipelineConfig
 from actors.expert.experts import LayerExperts, quantize_rows
 from actors.expert.worker import ExpertWorker
 
 CPU = torch.device("cpu")
 S, D, FF = 4, 24, 40
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _weights(dtype: torch.dtype = torch.float32) -> ExpertWeights:
@@ -135,12 +126,25 @@ def test_rows_of_zeros_stay_finite_in_fp8() -> None:
 
 def test_slots_that_hold_the_same_expert_compute_the_same() -> None:
     config = shape_config(SHAPES["tiny"])
-    slots = {1: (5, 2, 5), 3: (0,)}
-    weights = dummy_experts(config, slots, torch.float32, CPU, 0, fp8=False)
-    worker = ExpertWorker(slots, weights, torch.float32, CPU)
+    worker = ExpertWorker.load(config, PipelineConfig(load="dummy"), {1: (5, 2, 5), 3: (0,)}, CPU)
     x_ND = torch.randn(6, config.hidden_size)
     y_ND = worker(1, x_ND, torch.tensor([0, 1, 2, 2, 0, -1]))
     assert torch.allclose(worker(1, x_ND[:1], torch.tensor([2])), y_ND[:1], atol=1e-6)  # slots 0 and 2 are replicas
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.sampled_from([-1, 1, 3]), min_size=1, max_size=12))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_lies_in_empty_slots_reaches_no_row(dtype: torch.dtype, slots: list[int]) -> None:
+    """Memory of empty slots is never initialized; here it is poison. Both the loop and the grouped matmuls."""
+    weights, x_ND, slots_N = _weights(dtype), _rows(len(slots)).to(dtype), torch.tensor(slots)
+    poisoned = replace(weights, gate_up_SND=weights.gate_up_SND.clone(), down_SDF=weights.down_SDF.clone())
+    for stack in (poisoned.gate_up_SND, poisoned.down_SDF):
+        stack[[0, 2]] = torch.nan
+    clean, empty = LayerExperts(weights, dtype), LayerExperts(poisoned, dtype)
+    assert torch.equal(empty(x_ND, slots_N), clean(x_ND, slots_N))
+    if dtype == torch.bfloat16:
+        assert torch.equal(empty._run_grouped(x_ND, slots_N), clean._run_grouped(x_ND, slots_N))
 
 
 @pytest.mark.parametrize("stored", ["fused", "per_expert", "fp8"])

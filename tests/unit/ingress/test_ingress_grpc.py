@@ -33,7 +33,7 @@ def routed_to(front: GrpcFront) -> Callable[..., Any]:
         "Generate": lambda request, context: front.generate(request, context, "completions"),
         "Chat": lambda request, context: front.generate(request, context, "chat"),
         "GetModel": front.get_model,
-        "ListModels": lambda request, context: front.list_models(),
+        "ListModels": front.list_models,
         "Check": front.check_health,
         "List": lambda request, context: front.list_health(),
     }
@@ -74,8 +74,10 @@ def serve_grpc(serve: Serve) -> Serve:
                 add(Mock(), server)
             enable_server_reflection(server)
             await server.start()
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-                yield SimpleNamespace(**vars(http), channel=channel, stub=inference_pb2_grpc.InferenceStub(channel))
+            address = f"127.0.0.1:{port}"
+            async with grpc.aio.insecure_channel(address) as channel:
+                stub = inference_pb2_grpc.InferenceStub(channel)
+                yield SimpleNamespace(**vars(http), channel=channel, stub=stub, address=address)
             await server.stop(0)
 
     return service

@@ -12,7 +12,7 @@ from typing import Any
 
 from actors.router.pages import PageGeometry
 from actors.router.scheduler import OwnedEvent, RankPages, Scheduler, SchedulerLimits
-from actors.types import ErrorInfo, RankPlan, Request, SampledToken, SamplingParams, Work
+from actors.types import RankPlan, Request, SampledToken, SamplingParams, Work
 
 VOCAB = 23
 
@@ -68,6 +68,11 @@ class FakeRank:
         self.num_admitted = 0
 
     def execute(self, plan: RankPlan) -> tuple[SampledToken, ...]:
+        self.take_in(plan)
+        return self.run(plan)
+
+    def take_in(self, plan: RankPlan) -> None:
+        """What happens once, however often the step is run."""
         for idx in plan.released:
             self._release(idx)
         for admission in plan.admitted:
@@ -82,6 +87,8 @@ class FakeRank:
             self.residents[work.request_idx].reads_from = work.start
         for work in plan.work:
             self._grant(work)
+
+    def run(self, plan: RankPlan) -> tuple[SampledToken, ...]:
         for work in plan.work:
             self._write(work)
         sampled = [self._read(work) for work in plan.work]
@@ -189,10 +196,14 @@ class Driver:
         self._make_ranks()
 
     def _make_ranks(self) -> None:
-        self.fakes = {
-            rank: FakeRank(pages, self.geometry, self.limits.max_num_seqs) for rank, pages in self.ranks.items()
-        }
-        self.results: dict[int, deque[tuple[int, tuple[SampledToken, ...]]]] = {rank: deque() for rank in self.ranks}
+        self.fakes: dict[int, FakeRank] = {}
+        self.results: dict[int, deque[tuple[int, tuple[SampledToken, ...]]]] = {}
+        for rank in self.ranks:
+            self._make_rank(rank)
+
+    def _make_rank(self, rank: int) -> None:
+        self.fakes[rank] = FakeRank(self.ranks[rank], self.geometry, self.limits.max_num_seqs)
+        self.results[rank] = deque()
 
     def submit(
         self, num_prompt: int, max_tokens: int, *, owner: bytes = b"i", replay: int = 0,
@@ -251,11 +262,11 @@ class Driver:
             if results:
                 self.deliver(rank)
 
-    def fail(self) -> None:
-        """Loses the epoch and begins the next."""
-        self.take(self.scheduler.fail_all(ErrorInfo(kind="UnavailableError", problem="a rank was lost")))
-        self._make_ranks()
-        self.scheduler.reset_ranks(self.ranks)
+    def lose(self, *lost: int) -> None:
+        """Loses ranks, with what they had computed and not delivered, and begins an epoch with others in their place."""
+        for rank in lost:
+            self._make_rank(rank)
+        self.scheduler.change_ranks(self.ranks, [rank for rank in self.ranks if rank not in lost])
 
     def run(self, max_steps: int = 5000) -> None:
         """Runs to the end of all requests, as far ahead as the scheduler goes."""

@@ -564,33 +564,76 @@ def test_an_answer_that_was_not_asked_for_changes_nothing() -> None:
     assert len(scheduler.complete(0, 1, right)) == 1
 
 
-def test_a_lost_epoch_ends_what_ran_and_keeps_what_waits() -> None:
-    driver = make_driver(max_num_seqs=1)
-    running, waiting = driver.submit(3, 9), driver.submit(3, 2)
-    plan_of(driver)
+def test_requests_of_a_lost_rank_are_computed_again_elsewhere_and_skip_nothing() -> None:
+    driver = make_driver(num_ranks=2, max_num_seqs=1)
+    names = [driver.submit(3, 9) for _ in range(3)]
+    driver.schedule()
     driver.deliver_step()
-    plan_of(driver)
-    driver.take(driver.scheduler.fail_all(LOST))
-    assert driver.clients[running].ended == "UnavailableError"
-    assert not driver.clients[waiting].ended
-    assert driver.schedule() is None, "there are no ranks"
-    driver.submit(4, 2)
-    driver.fail()
+    driver.schedule()  # its tokens are lost with the rank
+    assert all(len(driver.clients[name].got) == 1 for name in names[:2])
+    driver.lose(1)
     driver.run()
-    assert [client.ended for client in driver.clients.values()] == ["UnavailableError", "length", "length"]
+    assert [driver.clients[name].ended for name in names] == ["length"] * 3
 
 
-def test_a_lost_epoch_keeps_a_preempted_request_whose_first_token_never_came() -> None:
+def test_a_kept_rank_goes_on_with_its_pages_and_unanswered_steps() -> None:
+    driver = make_driver(num_ranks=2, max_num_seqs=2)
+    for _ in range(4):
+        driver.submit(6, 9)
+    driver.schedule()
+    driver.schedule()
+    used = driver.scheduler.load().global_pages_used
+    driver.lose(0)
+    assert 0 < driver.scheduler.load().global_pages_used < used
+    assert driver.scheduler.num_steps_in_flight == 2, "rank 1 has not answered"
+    driver.run()
+
+
+def test_the_queue_keeps_its_order_when_a_rank_is_lost() -> None:
+    driver = make_driver(max_num_seqs=2)
+    names = [driver.submit(3, 5) for _ in range(4)]
+    driver.schedule()
+    driver.deliver_step()
+    driver.lose(0)
+    (plan,) = (driver.schedule() or {}).values()
+    assert [admission.prompt_ids for admission in plan.admitted] == [
+        driver.clients[name].request.prompt_ids for name in names[:2]
+    ]
+    driver.run()
+
+
+def test_a_last_token_that_was_lost_is_sampled_again() -> None:
+    """Such a request runs no more, nor does it wait, when its rank goes."""
+    driver = make_driver()
+    name = driver.submit(4, 1)
+    driver.schedule()
+    assert driver.scheduler.load().global_pages_used == 0
+    driver.lose(0)
+    assert driver.scheduler.load().num_queued == 1
+    driver.run()
+    assert driver.clients[name].ended == "length"
+
+
+def test_a_preempted_request_whose_first_token_never_came_is_computed_again() -> None:
     driver = make_driver(pages=4)
     driver.submit(8, 6)
     victim = driver.submit(8, 6)
     plan_of(driver)
     assert plan_of(driver).released == (1,)
-    driver.take(driver.scheduler.fail_all(LOST))
-    assert not driver.clients[victim].ended
-    driver.fail()
+    driver.lose(0)
     driver.run()
     assert driver.clients[victim].ended == "length"
+
+
+def test_without_ranks_requests_wait() -> None:
+    driver = make_driver()
+    driver.submit(3, 4)
+    driver.schedule()
+    driver.scheduler.change_ranks({}, ())
+    assert driver.schedule() is None
+    assert driver.scheduler.load().num_queued == 1
+    driver.lose(0)
+    driver.run()
 
 
 def test_stopping_ends_the_queue_too() -> None:
@@ -598,16 +641,17 @@ def test_stopping_ends_the_queue_too() -> None:
     driver.submit(3, 9)
     driver.submit(3, 2)
     plan_of(driver)
-    driver.take(driver.scheduler.fail_all(LOST, include_queued=True))
+    driver.take(driver.scheduler.fail_all(LOST))
     driver.assert_clean()
 
 
-def test_the_next_epoch_may_not_begin_while_requests_run() -> None:
-    driver = make_driver()
-    driver.submit(3, 9)
-    plan_of(driver)
-    with pytest.raises(ValueError, match="1 requests still run"):
-        driver.scheduler.reset_ranks(driver.ranks)
+def test_a_request_that_comes_again_is_not_refused_by_a_full_queue() -> None:
+    scheduler = Scheduler(make_limits(max_queued_requests=0))
+    with pytest.raises(OverloadedError):
+        scheduler.submit(make_request("new"), b"i", 0.0)
+    scheduler.submit(make_request("old"), b"i", 0.0, again=True)
+    scheduler.forget("old")
+    assert not scheduler.has_requests and scheduler.expire(0.0) == []
 
 
 def test_queued_requests_that_the_next_epoch_cannot_hold_end() -> None:
@@ -615,7 +659,7 @@ def test_queued_requests_that_the_next_epoch_cannot_hold_end() -> None:
     scheduler.submit(make_request("long", num_prompt=30), b"i", 0.0)
     scheduler.submit(make_request("short", num_prompt=12, max_tokens=30), b"i", 0.0)
     assert scheduler.schedule(0.0) is None
-    scheduler.reset_ranks({0: RankPages(4)})
+    scheduler.change_ranks({0: RankPages(4)}, ())
     events = [event for _, event in scheduler.expire(0.0)]
     assert [(event.request_id, event.error.kind) for event in events if event.error] == [("long", "UnavailableError")]
     ended = []

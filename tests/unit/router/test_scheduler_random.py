@@ -117,13 +117,14 @@ class Engine(RuleBasedStateMachine):
         for client in driver.clients.values():
             assert client.ended or client.request.deadline_s is None or client.request.deadline_s > driver.now_s
 
-    @rule()
-    def lose_the_epoch(self) -> None:
-        running = self.driver.scheduler.load().num_running
-        ended = sum(bool(client.ended) for client in self.driver.clients.values())
-        self.driver.fail()
-        assert sum(bool(client.ended) for client in self.driver.clients.values()) >= ended + running
-        assert self.driver.scheduler.load().global_pages_used == 0
+    @rule(which=st.sets(st.integers(0, 2), min_size=1))
+    def lose_ranks(self, which: set[int]) -> None:
+        lost = [rank for rank in self.driver.ranks if rank // 3 in which]
+        ended = [bool(client.ended) for client in self.driver.clients.values()]
+        self.driver.lose(*lost)
+        assert [bool(client.ended) for client in self.driver.clients.values()] == ended, "nobody ends for it"
+        if len(lost) == len(self.driver.ranks):
+            assert self.driver.scheduler.load().global_pages_used == 0
 
     @invariant()
     def counts_add_up(self) -> None:

@@ -1,0 +1,259 @@
+"""What clients see when processes of a pipeline die or hang: streams over gRPC while one fault after another strikes.
+
+python -m benchmarks.faults               # the table of faults, about five minutes; writes results/faults.md and .json
+python -m benchmarks.faults --soak 600    # beside it, random faults every 3 s for 600 s
+
+Every answer is compared with a run without faults, token for token.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+
+from benchmarks import report
+from benchmarks.served import Served
+from benchmarks.workload import Item
+from protos import inference_pb2, inference_pb2_grpc
+
+STREAMS = 32
+VOCAB = 250
+NUM_ITEMS = 64
+QUIET_S = 8.0  # of load before a fault, for the usual gaps, and after the pipeline is whole again
+WHOLE_TIMEOUT_S = 90.0
+FLAGS = ["--layout", "disaggregated", "--attention-ranks", "2", "--expert-ranks", "3", "--threads-per-rank", "1"]
+EXPERT, ATTENTION, ROUTER = "ray::ExpertActor", "ray::AttentionActor", "ray::ServeReplica:corral:Router"
+
+
+@dataclass(slots=True)
+class Answer:
+    """One request as its client saw it. Times are of time.monotonic."""
+
+    item: int
+    sent_s: float
+    token_s: list[float] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    problem: str = ""
+
+    def gaps(self, from_s: float, to_s: float) -> list[float]:
+        """Between news that came after `from_s`, where they began before `to_s`; the wait for the first one too."""
+        times = [self.sent_s, *self.token_s]
+        return [b - a for a, b in zip(times, times[1:], strict=False) if b > from_s and a < to_s]
+
+
+class Load(threading.Thread):
+    """`STREAMS` clients that send one request after another. Half are greedy, half seeded."""
+
+    def __init__(self, address: str, items: Sequence[Item], num_streams: int = STREAMS) -> None:
+        super().__init__(daemon=True)
+        self._address = address
+        self._items = items
+        self._num_streams = num_streams
+        self._stopping = threading.Event()
+        self.answers: list[Answer] = []
+        self.running: list[Answer] = []
+
+    def run(self) -> None:
+        asyncio.run(self._run())
+
+    def stop(self) -> list[Answer]:
+        """Lets what is open end, and returns every answer."""
+        self._stopping.set()
+        self.join(120)
+        assert not self.is_alive(), f"{len(self.running)} requests hang"
+        return self.answers
+
+    async def _run(self) -> None:
+        async with grpc.aio.insecure_channel(self._address) as channel:
+            stub = inference_pb2_grpc.InferenceStub(channel)
+            await asyncio.gather(*(self._stream(stub, i) for i in range(self._num_streams)))
+
+    async def _stream(self, stub: inference_pb2_grpc.InferenceStub, number: int) -> None:
+        turn = number
+        while not self._stopping.is_set():
+            answer = Answer(turn % len(self._items), time.monotonic())
+            self.running.append(answer)
+            try:
+                await ask(stub, self._items[answer.item], answer)
+            except grpc.RpcError as e:
+                answer.problem = f"{e.code().name}: {e.details()}"
+                await asyncio.sleep(0.2)
+            self.running.remove(answer)
+            self.answers.append(answer)
+            turn += self._num_streams
+
+
+async def ask(stub: inference_pb2_grpc.InferenceStub, item: Item, answer: Answer) -> None:
+    is_greedy = answer.item % 2 == 0
+    request = inference_pb2.GenerateRequest(
+        token_ids=inference_pb2.TokenIds(ids=item.prompt_ids),
+        sampling=inference_pb2.Sampling(temperature=0.0 if is_greedy else 1.0, seed=answer.item),
+        stopping=inference_pb2.Stopping(max_tokens=item.num_outputs, ignore_eos=True),
+    )
+    async for chunk in stub.GenerateStream(request, timeout=100):
+        if chunk.token_ids:
+            if chunk.token_index != len(answer.token_ids):
+                answer.problem = f"token {chunk.token_index} came after {len(answer.token_ids)}"
+            answer.token_s += [time.monotonic()] * len(chunk.token_ids)
+            answer.token_ids += chunk.token_ids
+
+
+def workload(seed: int = 3) -> list[Item]:
+    rng = random.Random(seed)
+    return [Item([rng.randrange(VOCAB) for _ in range(rng.randint(8, 64))], rng.randint(60, 200)) for _ in range(NUM_ITEMS)]
+
+
+def reference(address: str, items: Sequence[Item]) -> list[list[int]]:
+    """Every item's tokens without a fault."""
+
+    async def run() -> list[list[int]]:
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub = inference_pb2_grpc.InferenceStub(channel)
+            answers = [Answer(i, time.monotonic()) for i in range(len(items))]
+            await asyncio.gather(*(ask(stub, items[a.item], a) for a in answers))
+            return [a.token_ids for a in answers]
+
+    return asyncio.run(run())
+
+
+def judge(answers: Sequence[Answer], expected: Sequence[list[int]]) -> dict[str, int]:
+    failed = [a for a in answers if a.problem]
+    for answer in failed[:3]:
+        print(f"  failed: {answer.problem}")
+    different = [a for a in answers if not a.problem and a.token_ids != expected[a.item]]
+    return {"requests": len(answers), "failed": len(failed), "different": len(different)}
+
+
+def strike(
+    served: Served, expected: Sequence[list[int]], items: Sequence[Item], hurt: Callable[[], Any], counts: dict[str, int]
+) -> dict[str, Any]:
+    """One fault under load. `counts` are the processes by title of a whole pipeline."""
+    load = Load(served.grpc, items)
+    load.start()
+    time.sleep(QUIET_S)
+    struck_s = time.monotonic()
+    hurt()
+    whole_s = wait_whole(served, counts, struck_s)
+    time.sleep(QUIET_S / 2)
+    answers = load.stop()
+    usual = [gap for a in answers for gap in a.gaps(struck_s - QUIET_S / 2, struck_s)]
+    usual_s = statistics.quantiles(usual, n=100)[98]
+    touched = [a for a in answers if a.sent_s < struck_s < (a.token_s[-1] if a.token_s else 0.0)]
+    stalls = sorted(max(a.gaps(struck_s - 0.05, struck_s + 10.0), default=0.0) for a in touched)
+    return {
+        **judge(answers, expected),
+        "streams_struck": len(touched),
+        "usual_gap_p99_ms": round(usual_s * 1e3, 1),
+        "added_stall_p50_ms": round((stalls[len(stalls) // 2] - usual_s) * 1e3, 1),
+        "added_stall_p99_ms": round((stalls[min(len(stalls) - 1, int(len(stalls) * 0.99))] - usual_s) * 1e3, 1),
+        "whole_again_s": round(whole_s, 1),
+    }
+
+
+def wait_whole(served: Served, counts: dict[str, int], since_s: float) -> float:
+    """Seconds from `since_s` until all processes are there again and the service answers."""
+    while time.monotonic() - since_s < WHOLE_TIMEOUT_S:
+        time.sleep(0.5)
+        alive = {title: len([p for p in served.pids(title)]) for title in counts}
+        if alive == counts and time.monotonic() - since_s > 4.0:
+            return time.monotonic() - since_s
+    raise AssertionError(f"not whole after {WHOLE_TIMEOUT_S} s: {alive}")
+
+
+def faults(replicas: int) -> dict[str, tuple[str, signal.Signals]]:
+    if replicas == 1:
+        return {"expert rank, last holder": (EXPERT, signal.SIGKILL)}
+    return {
+        "expert rank, replicas elsewhere": (EXPERT, signal.SIGKILL),
+        "attention rank": (ATTENTION, signal.SIGKILL),
+        "router": (ROUTER, signal.SIGKILL),
+        "hung expert rank (SIGSTOP)": (EXPERT, signal.SIGSTOP),
+        "hung attention rank (SIGSTOP)": (ATTENTION, signal.SIGSTOP),
+    }
+
+
+def measure(model: str) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    items = workload()
+    counts = {EXPERT: 3, ATTENTION: 2, ROUTER: 1}
+    for replicas, slots in ((2, 6), (1, 3)):
+        with Served(model, [*FLAGS, "--expert-replicas", str(replicas), "--set", f"expert_slots={slots}"]) as served:
+            expected = reference(served.grpc, items)
+            for name, (title, how) in faults(replicas).items():
+                results[name] = strike(served, expected, items, lambda t=title, h=how: served.hurt(t, h), counts)  # type: ignore[misc]
+                print(json.dumps({name: results[name]}), flush=True)
+    return results
+
+
+def soak(model: str, seconds: float, seed: int) -> dict[str, Any]:
+    """A random fault every 3 s."""
+    rng, items = random.Random(seed), workload()
+    struck: dict[str, int] = {}
+    with Served(model, [*FLAGS, "--expert-replicas", "2", "--set", "expert_slots=6"]) as served:
+        expected = reference(served.grpc, items)
+        load = Load(served.grpc, items)
+        load.start()
+        ends_s = time.monotonic() + seconds
+        while time.monotonic() < ends_s:
+            time.sleep(3.0)
+            title = rng.choices((EXPERT, ATTENTION, ROUTER), (6, 3, 1))[0]
+            how = rng.choice((signal.SIGKILL, signal.SIGSTOP)) if title != ROUTER else signal.SIGKILL
+            if served.pids(title):
+                served.hurt(title, how)
+                name = f"{title.rpartition(':')[2]} {how.name}"
+                struck[name] = struck.get(name, 0) + 1
+        wait_whole(served, {EXPERT: 3, ATTENTION: 2, ROUTER: 1}, time.monotonic())
+        answers = load.stop()
+    return {**judge(answers, expected), "seconds": seconds, "faults": struck}
+
+
+TARGETS = {
+    "expert rank, replicas elsewhere": 1.0,
+    "expert rank, last holder": 5.0,
+    "attention rank": 3.0,
+    "router": 5.0,
+}
+
+
+def render(results: dict[str, Any]) -> str:
+    rows = [
+        [
+            name, r["requests"], r["failed"], r["different"], r["streams_struck"], r["usual_gap_p99_ms"],
+            r["added_stall_p50_ms"], r["added_stall_p99_ms"], TARGETS.get(name, ""), r["whole_again_s"],
+        ]
+        for name, r in results.items()
+    ]  # fmt: skip
+    header = ["fault", "requests", "failed", "other tokens", "streams struck", "usual gap p99 ms", "added stall p50 ms",
+              "added stall p99 ms", "target s", "whole again s"]  # fmt: skip
+    return report.table(header, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="shape:tiny")
+    parser.add_argument("--soak", type=float, default=0.0, help="seconds of random faults instead of the table")
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    text = report.preamble("Faults that no client sees")
+    text += f"\n2 attention and 3 expert ranks, {STREAMS} streams over gRPC, `{args.model}`, half greedy, half seeded.\n\n"
+    if args.soak:
+        values = soak(args.model, args.soak, args.seed)
+        print(json.dumps(values, indent=2))
+        report.write("faults-soak", text + f"```\n{json.dumps(values, indent=2)}\n```", values)
+        return
+    results = measure(args.model)
+    report.write("faults", text + render(results), results)
+    print(render(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Who decides on a pipeline's membership: the planner and the scaler that a layout calls for.
+
+Owns their construction from a plan. Knows nothing of how they decide.
+"""
+
+from dataclasses import dataclass
+
+from actors.config import ScalingConfig
+from cluster.autoscale import Autoscaler
+from cluster.balance import Balancer
+from cluster.layout import Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Membership:
+    """Both live as long as the router."""
+
+    balancer: Balancer
+    autoscaler: Autoscaler
+
+
+def plan_membership(plan: Plan, scaling: ScalingConfig) -> Membership:
+    """What `plan` says is where the pipeline starts, and where it stays without bounds in `scaling`."""
+    pipeline, model = plan.pipeline, plan.footprint.model
+    balancer = Balancer(
+        layout=pipeline.layout,
+        moe_layers=model.moe_layers,
+        num_experts=model.num_experts,
+        num_slots=pipeline.expert_slots,
+        replicas=pipeline.expert_replicas,
+    )
+    autoscaler = Autoscaler(scaling, pipeline.attention_ranks, pipeline.expert_ranks, pipeline.layout)
+    return Membership(balancer=balancer, autoscaler=autoscaler)

@@ -1,0 +1,221 @@
+"""Thousands of seeded schedules of loads and faults, in virtual time: nothing is lost, repeated or left over.
+
+A failing seed prints itself: `CORRAL_SIM_SEED=123 pytest tests/unit/router/test_simulation.py` runs it alone.
+"""
+
+import os
+from collections.abc import Callable
+
+import pytest
+from sim_pipeline import Pipeline, SimClient
+
+from actors.types import EMPTY_SLOT
+
+NUM_SCHEDULES = 2000
+BATCH = 100
+FAULTS_S = 25.0  # loads and faults come within this time
+HEAL_S = 150.0  # then everything must be over by itself
+DEADLINE_SLACK_S = 1.5
+
+
+def faults_of(p: Pipeline) -> list[tuple[float, Callable[[Pipeline], None]]]:
+    """What goes wrong, when. Each heals by itself, in the end."""
+    kinds = (
+        kill_a_rank, kill_a_rank, kill_two_ranks, stop_a_rank, stop_and_continue, slow_a_rank, cut_a_rank, kill_router,
+        kill_ingress, scale_experts, scale_attention, skew_the_load, fail_loads, corrupt_loads, fail_starts,
+    )  # fmt: skip
+    return [(p.rng.uniform(0.0, FAULTS_S), p.rng.choice(kinds)) for _ in range(p.rng.randint(0, 7))]
+
+
+def some_rank(p: Pipeline) -> int | None:
+    return p.rng.choice(sorted(p.cluster.ranks)) if p.cluster.ranks else None
+
+
+def kill_a_rank(p: Pipeline) -> None:
+    rank = some_rank(p)
+    if rank is not None:
+        p.cluster.kill(rank)
+
+
+def kill_two_ranks(p: Pipeline) -> None:
+    kill_a_rank(p)
+    kill_a_rank(p)
+
+
+def stop_a_rank(p: Pipeline) -> None:
+    rank = some_rank(p)
+    if rank is not None:
+        p.cluster.ranks[rank].stopped = True
+
+
+def stop_and_continue(p: Pipeline) -> None:
+    rank = some_rank(p)
+    if rank is not None:
+        process = p.cluster.ranks[rank]
+        process.stopped = True
+        p.world.after(p.rng.choice((0.3, 1.5, 2.5, 6.0)), process.resume)
+
+
+def slow_a_rank(p: Pipeline) -> None:
+    rank = some_rank(p)
+    if rank is not None:
+        process = p.cluster.ranks[rank]
+        process.slowness = p.rng.choice((10.0, 100.0))
+        p.world.after(8.0, lambda: setattr(process, "slowness", 1.0))
+
+
+def cut_a_rank(p: Pipeline) -> None:
+    """Its packets to some or all other ranks are lost for a while; the router reaches everybody."""
+    rank = some_rank(p)
+    others = [other for other in p.cluster.ranks if other != rank]
+    if rank is None or not others:
+        return
+    cut = {frozenset((rank, other)) for other in p.rng.sample(others, p.rng.randint(1, len(others)))}
+    p.cluster.faults.cut |= cut
+    p.world.after(p.rng.uniform(0.5, 15.0), lambda: p.cluster.faults.cut.difference_update(cut))
+
+
+def kill_router(p: Pipeline) -> None:
+    p.kill_router()
+
+
+def kill_ingress(p: Pipeline) -> None:
+    alive = [front for front in p.fronts if front.alive]
+    if len(alive) > 1:
+        p.rng.choice(alive).die()
+
+
+def scale_experts(p: Pipeline) -> None:
+    p.set_bounds(min_experts=p.rng.randint(1, 4), max_experts=p.rng.randint(4, 5))
+
+
+def scale_attention(p: Pipeline) -> None:
+    p.set_bounds(min_attention=p.rng.randint(1, 3), max_attention=p.rng.randint(3, 4))
+
+
+def skew_the_load(p: Pipeline) -> None:
+    for expert in range(p.num_experts):
+        p.cluster.skew[expert] = p.rng.choice((1.0, 1.0, 1.0, 20.0))
+
+
+def _for_a_while(p: Pipeline, name: str, probability: float) -> None:
+    setattr(p.cluster.faults, name, probability)
+    p.world.after(10.0, lambda: setattr(p.cluster.faults, name, 0.0))
+
+
+def fail_loads(p: Pipeline) -> None:
+    _for_a_while(p, "load_fails", 0.5)
+
+
+def corrupt_loads(p: Pipeline) -> None:
+    _for_a_while(p, "load_corrupts", 0.2)
+
+
+def fail_starts(p: Pipeline) -> None:
+    _for_a_while(p, "start_fails", 0.5)
+
+
+def run_schedule(seed: int) -> Pipeline:
+    p = Pipeline(seed)
+    begin_s = p.world.now_s + 15.0
+    p.run_until(begin_s, lambda: all(front.takes_requests for front in p.fronts))
+    assert all(front.takes_requests for front in p.fronts), "it never served"
+    begin_s = p.world.now_s
+    for at_s, fault in faults_of(p):
+        p.world.after(at_s, lambda fault=fault: fault(p))  # type: ignore[misc]
+    for _ in range(p.rng.randint(3, 25)):
+        at_s, deadline = p.rng.uniform(0.0, FAULTS_S), p.rng.random() < 0.2
+        p.world.after(at_s, lambda deadline=deadline: p.ask(deadline))  # type: ignore[misc]
+        if p.rng.random() < 0.1:
+            p.world.after(at_s + p.rng.uniform(0.0, 5.0), lambda: cancel_one(p))
+    p.run_until(begin_s + FAULTS_S)
+    heal(p)
+    p.run_until(begin_s + FAULTS_S + HEAL_S, lambda: is_over(p))
+    check(p)
+    return p
+
+
+def cancel_one(p: Pipeline) -> None:
+    live = [client for front in p.fronts for client in front.open.values()]
+    if live:
+        client = p.rng.choice(live)
+        next(front for front in p.fronts if client.request.request_id in front.open).cancel(client)
+
+
+def heal(p: Pipeline) -> None:
+    """Stopped processes stay stopped, killed ones dead: only the world around them is sound again."""
+    p.cluster.faults.load_fails = p.cluster.faults.load_corrupts = p.cluster.faults.start_fails = 0.0
+    p.cluster.faults.cut.clear()
+    for process in p.cluster.ranks.values():
+        process.slowness = 1.0
+
+
+def is_over(p: Pipeline) -> bool:
+    """All requests have ended, and the membership is where it should be."""
+    if any(not client.ended for client in p.clients) or p.router is None:
+        return False
+    core, machine = p.router.core, p.router.machine
+    epoch = machine.epoch
+    return (
+        machine.serving and not machine.changing and epoch is not None and not core._steps
+        and core.num_live == 0
+        and set(p.cluster.ranks) == {spec.rank for spec in epoch.ranks}
+        and not p.cluster.starting
+        and not any(process.stopped for process in p.cluster.ranks.values())
+        and p.planner().propose(epoch.ranks, machine.goal, {}, 1000) is None
+    )  # fmt: skip
+
+
+def check(p: Pipeline) -> None:
+    for client in p.clients:
+        check_client(client)
+    assert p.router is not None
+    core, machine = p.router.core, p.router.machine
+    epoch = machine.epoch
+    assert epoch is not None and machine.serving, machine.detail()
+    assert core.num_live == 0 and not core._steps and not core._outbox, "something is left over"
+    load = core._scheduler.load()
+    assert load.global_pages_used == load.chunked_pages_used == 0, "pages leaked"
+    assert set(p.cluster.ranks) == {spec.rank for spec in epoch.ranks}, "a process is left over"
+    assert not any(process.stopped for process in p.cluster.ranks.values()), "a stopped rank was never found"
+    for layer in p.moe_layers:
+        held = {expert for spec in epoch.ranks for expert in spec.slots.get(layer, ())} - {EMPTY_SLOT}
+        assert held == set(range(p.num_experts))
+    check_counts(p)
+
+
+def check_counts(p: Pipeline) -> None:
+    """As many ranks as the goal says, or as many more as it takes to hold every expert as often as asked."""
+    assert p.router is not None and p.router.machine.epoch is not None
+    machine, epoch = p.router.machine, p.router.machine.epoch
+    attention, experts, goal = len(epoch.of_role("attention")), len(epoch.of_role("expert")), machine.goal
+    suffices = goal.expert_ranks * p.num_slots >= p.num_experts * p.replicas and goal.expert_ranks >= p.replicas
+    news = (attention, experts, goal, list(machine.history)[-3:])
+    assert experts == goal.expert_ranks or (experts > goal.expert_ranks and not suffices), news
+    assert attention == (experts if p.colocated else goal.attention_ranks), news
+
+
+def check_client(client: SimClient) -> None:
+    deadline_s = client.request.deadline_s
+    what = f"{client.request.request_id} ended as {client.ended!r} after {len(client.got)} tokens"
+    if client.is_cancelled or client.ended == "ingress died":
+        return
+    if deadline_s is not None and client.ended == "DeadlineError":
+        assert client.ended_s >= deadline_s - 0.01, what
+        return
+    assert client.ended in ("stop", "length"), what
+    assert deadline_s is None or client.ended_s <= deadline_s + DEADLINE_SLACK_S, what
+
+
+@pytest.mark.parametrize("first", range(0, NUM_SCHEDULES, BATCH))
+def test_seeded_schedules(first: int) -> None:
+    if "CORRAL_SIM_SEED" in os.environ:
+        if first == 0:
+            run_schedule(int(os.environ["CORRAL_SIM_SEED"]))
+        return
+    for seed in range(first, first + BATCH):
+        try:
+            run_schedule(seed)
+        except BaseException:
+            print(f"CORRAL_SIM_SEED={seed}")
+            raise
