@@ -21,11 +21,11 @@ log = logging.getLogger("corral.rank")
 class RankActor:
     """A detached actor that outlives the router. Its endpoints are where the router's commands go."""
 
-    def __init__(self, rank: int, device: str, threads: int, lease_s: float, secret: bytes | None) -> None:
+    def __init__(self, rank: int, device: str, threads: int, lease_s: float, secret: bytes) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
         if threads:
             torch.set_num_threads(threads)
-        keys = ChannelKeys.from_secret(secret) if secret else None
+        keys = ChannelKeys.from_secret(secret)
         self._loop = RankLoop(Rank(rank, torch.device(device), ray.util.get_node_ip_address(), keys), lease_s)
         self._endpoints = self._loop.start()
         self._ended = threading.Event()

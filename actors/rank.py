@@ -81,10 +81,6 @@ class Rank:
 
     # --- beside the steps ---------------------------------------------------------------------------------------------
 
-    def holds(self, spec: RankSpec, pipeline: PipelineConfig) -> bool:
-        """Whether `load` would have nothing to do."""
-        return self._held is not None and (self._held.spec, self._held.pipeline) == (spec, pipeline)
-
     def load(
         self,
         spec: RankSpec,
@@ -103,14 +99,25 @@ class Rank:
                 raise RankError(self.rank, "cannot become another rank while it serves")
             self._held = None  # before its successor takes the memory
             self._held = self._load_all(spec, pipeline, sources, report)
-        elif held.experts is not None and held.spec.slots != spec.slots:
-            epoch = self._epoch
-            in_use = epoch.ranks[self._position].slots if epoch and epoch.epoch > self._last_over else {}
+        else:
+            self._change_slots(held, spec, sources, report)
+
+    def _change_slots(
+        self,
+        held: _Held,
+        spec: RankSpec,
+        sources: Sequence[SlotSource],
+        report: Callable[[int, int], None],
+    ) -> None:
+        """Until all of it is there, nobody may count on any slot that does not serve."""
+        epoch = self._epoch
+        in_use = epoch.ranks[self._position].slots if epoch and epoch.epoch > self._last_over else {}
+        if held.experts is not None and not held.experts.holds(spec.slots):
             try:
                 held.experts.change(spec.slots, in_use, sources, report)
             except ValueError as e:
                 raise RankError(self.rank, str(e)) from e
-            held.spec = spec
+        held.spec = spec
 
     def _load_all(
         self,
@@ -146,8 +153,8 @@ class Rank:
         """First phase: all that may be slow. Raises RankError if this rank does not hold what the epoch says, and
         UnreachableError if a peer's host does not answer.
         """
-        held = self._loaded_state()
-        if epoch.ranks[epoch.position(self.rank)] != held.spec:
+        held, spec = self._loaded_state(), epoch.ranks[epoch.position(self.rank)]
+        if spec != held.spec or (held.experts is not None and not held.experts.holds(spec.slots)):
             raise RankError(self.rank, f"does not hold the slots that epoch {epoch.epoch} names")
         self._reach_peers(epoch)
         if epoch.store:

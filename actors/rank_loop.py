@@ -178,8 +178,7 @@ class RankLoop:
         try:
             pipeline = PipelineConfig.parse(message.pipeline)
             self._lease_s = pipeline.lease_s
-            if not self._rank.holds(message.spec, pipeline):
-                self._rank.load(message.spec, pipeline, message.sources, report)
+            self._rank.load(message.spec, pipeline, message.sources, report)
             return self._rank.loaded(message.epoch)
         except CorralError as e:
             return self._failure(message.epoch, e)

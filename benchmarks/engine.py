@@ -1,7 +1,7 @@
 """The bare engine for benchmarks: the real router and the real ranks as processes, without Ray, Serve or text."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,13 +57,13 @@ class Engine:
         model = read_model_config(directory)
         plan = resolve(config, model, machines or local_cpu())
         self.pipeline = plan.pipeline
-        self._fleet = LocalFleet(devices or ["cpu"] * len(plan.ranks), plan.pipeline.threads_per_rank)
+        self.fleet = LocalFleet(devices or ["cpu"] * len(plan.ranks), plan.pipeline.threads_per_rank)
         self._store = RendezvousStore("127.0.0.1")
         self._store.start()
-        membership = plan_membership(plan, ScalingConfig.parse(scaling or {}))
-        self.scaler = membership.autoscaler
+        self.membership = plan_membership(plan, ScalingConfig.parse(scaling or {}))
+        self.scaler = self.membership.autoscaler
         self.router = Router(
-            plan.pipeline, model, membership.balancer, membership.autoscaler, self._fleet, self._store.endpoint
+            plan.pipeline, model, self.membership.balancer, self.scaler, self.fleet, self._store.endpoint
         )
         self._context: zmq.Context[Any] = zmq.Context()
         self._next_id = 0
@@ -81,7 +81,7 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.router.stop()
-        self._fleet.stop()
+        self.fleet.stop()
         self._store.stop()
         self._context.destroy(linger=0)
 
@@ -95,14 +95,7 @@ class Engine:
         """Sends all items at once, greedy unless told otherwise, and waits for all of them."""
         traces: dict[str, Trace] = {}
         for item in items:
-            self._next_id += 1
-            request = Request(
-                request_id=str(self._next_id),
-                prompt_ids=tuple(item.prompt_ids),
-                sampling=SamplingParams(max_tokens=item.num_outputs, **({"temperature": 0.0} | sampling)),
-            )
-            traces[request.request_id] = Trace(time.perf_counter())
-            self._socket.send(TO_ROUTER.encode(Submit(request=request)))
+            self._submit(item, traces, **sampling)
         open_requests, beat_s = set(traces), time.monotonic()
         while open_requests:
             if time.monotonic() - beat_s > BEAT_S:
@@ -111,6 +104,43 @@ class Engine:
             if self._socket.poll(200):
                 self._take(FROM_ROUTER.decode(self._socket.recv()), traces, open_requests)
         return list(traces.values())
+
+    def run_closed_loop(
+        self, items: Sequence[Item], num_streams: int, goes_on: Callable[[], bool], **sampling: Any
+    ) -> list[tuple[int, Trace]]:
+        """`num_streams` clients that send one item after another, while `goes_on()`. Returns each answer with its
+        item's number.
+        """
+        done: list[tuple[int, Trace]] = []
+        number_of: dict[str, int] = {}
+        traces: dict[str, Trace] = {}
+        open_requests: set[str] = set()
+        turn, beat_s = 0, time.monotonic()
+        while open_requests or goes_on():
+            while goes_on() and len(open_requests) < num_streams:
+                number, turn = turn % len(items), turn + 1
+                request_id = self._submit(items[number], traces, seed=number, **sampling)
+                number_of[request_id] = number
+                open_requests.add(request_id)
+            if time.monotonic() - beat_s > BEAT_S:
+                self._socket.send(TO_ROUTER.encode(Beat()))
+                beat_s = time.monotonic()
+            if self._socket.poll(50):
+                before = set(open_requests)
+                self._take(FROM_ROUTER.decode(self._socket.recv()), traces, open_requests)
+                done += [(number_of[request_id], traces[request_id]) for request_id in before - open_requests]
+        return done
+
+    def _submit(self, item: Item, traces: dict[str, Trace], **sampling: Any) -> str:
+        self._next_id += 1
+        request = Request(
+            request_id=str(self._next_id),
+            prompt_ids=tuple(item.prompt_ids),
+            sampling=SamplingParams(max_tokens=item.num_outputs, **({"temperature": 0.0} | sampling)),
+        )
+        traces[request.request_id] = Trace(time.perf_counter())
+        self._socket.send(TO_ROUTER.encode(Submit(request=request)))
+        return request.request_id
 
     @staticmethod
     def _take(message: Any, traces: dict[str, Trace], open_requests: set[str]) -> None:

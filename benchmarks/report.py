@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -43,8 +44,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def preamble(title: str, where: str = "") -> str:
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    command = "python " + " ".join([str(Path(sys.argv[0])), *sys.argv[1:]])
-    return f"# {title}\n\n`{command}`; {where or hardware()}; commit {commit()}; {today}\n"
+    return f"# {title}\n\n`{_command()}`; {where or hardware()}; commit {commit()}; {today}\n"
+
+
+def _command() -> str:
+    """How this program was called, by its module's name wherever the tree lies."""
+    program, root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parents[1]
+    named = [str(program)]
+    if program.is_relative_to(root):
+        named = ["-m", ".".join(program.relative_to(root).with_suffix("").parts)]
+    return shlex.join(["python", *named, *sys.argv[1:]])
 
 
 def write(name: str, markdown: str, values: dict[str, Any] | None = None) -> None:

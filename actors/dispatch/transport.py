@@ -6,6 +6,7 @@ or of what the messages mean.
 
 import contextlib
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -134,6 +135,7 @@ class NcclTransport:
         self._timeout_s = timeout_s
         self._waited: deque[Any] = deque()  # an event after each wait: the timeout is of one wait, not of a step
         self._interrupted = False
+        self._aborting = threading.Lock()
         nccl: Any = ProcessGroupNCCL
         self._pg: Any = nccl(store, rank, world, options)
         # Communicators are made by their first operation, which all ranks must take part in: it belongs to joining.
@@ -143,7 +145,7 @@ class NcclTransport:
     def post(self, sends: Sequence[Message], receives: Sequence[Message], tag: int) -> list[Posted]:
         if not sends and not receives:
             return []
-        pg = self._pg
+        pg = self._formed()
         pg._start_coalescing()  # ungrouped, each pair of ranks would get a communicator of its own
         for peer, tensor in receives:
             pg.recv([tensor], peer, tag)
@@ -161,27 +163,40 @@ class NcclTransport:
         self._synchronize(self._timeout_s)
 
     def interrupt(self) -> None:
+        # A host that reads from the device has no timeout of its own: it goes on when the kernels that wait do, with
+        # whatever is in their buffers, and learns of it when it synchronizes next.
         self._interrupted = True
+        self._abort()
 
     def close(self) -> None:
         self._waited.clear()
-        pg, self._pg = self._pg, None
-        if pg is not None:
-            pg.abort()
+        self._abort()
+
+    def _formed(self) -> Any:
+        pg = self._pg
+        if pg is None:
+            raise RuntimeError("the epoch is over")
+        return pg
+
+    def _abort(self) -> None:
+        with self._aborting:
+            pg, self._pg = self._pg, None
+            if pg is not None:
+                pg.abort()
 
     def _synchronize(self, timeout_s: float) -> None:
         self._waited.append(self._mark())
         while self._waited:
             event = self._waited.popleft()
             start_s = time.monotonic()
-            while not event.query():
+            while not self._interrupted and not event.query():
                 waited_s = time.monotonic() - start_s
-                if self._interrupted:
-                    raise RuntimeError("the epoch is over")
                 if waited_s > timeout_s:
                     raise RuntimeError(f"the device was still waiting for a peer after {timeout_s} s")
                 if waited_s > SPIN_S:
                     time.sleep(POLL_S)
+        if self._interrupted:
+            raise RuntimeError("the epoch is over")
 
     def _mark(self) -> Any:
         event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]

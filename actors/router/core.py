@@ -323,7 +323,7 @@ class RouterCore:
         steps, seconds = self._observed
         self._observed = (self.metrics.answers, self.metrics.step_seconds)
         answers = self.metrics.answers - steps
-        if epoch is not None:
+        if epoch is not None and self._machine.serving:  # while it does not, the queue says nothing about its ranks
             seen = Observation(
                 num_queued=load.num_queued,
                 queue_s=self._scheduler.queue_s,
@@ -347,7 +347,8 @@ class RouterCore:
         if balancing:
             self._next_balance_s = now_s + self._scaler.rebalance_interval_s
         self._thinks_of = self._machine.epoch
-        self._outside.think(self._machine.proposer(self._expert_load.tokens(now_s) if balancing else {}))
+        knows_load = balancing or not self._machine.is_at_goal  # who comes should take what is hot
+        self._outside.think(self._machine.proposer(self._expert_load.tokens(now_s) if knows_load else {}))
 
     def on_proposal(self, proposal: Proposal | None, now_s: float) -> None:
         """What `Outside.think` came to. It is of no use where the epoch that it is about is over."""

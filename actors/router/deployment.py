@@ -133,7 +133,7 @@ class RouterDeployment:
 
     async def reconfigure(self, scaling: dict[str, Any]) -> None:
         """Serve calls it with `user_config`, at first and whenever it changes. Raises ConfigError."""
-        self._membership.autoscaler.set_bounds(ScalingConfig.parse(scaling))
+        self._membership.apply(ScalingConfig.parse(scaling))
 
     async def endpoint(self) -> str:
         """Where ingresses connect: tcp://host:port."""

@@ -201,6 +201,13 @@ class EpochMachine:
         return self._change is not None and self._change.phase is Phase.DRAINING
 
     @property
+    def is_at_goal(self) -> bool:
+        """Whether there are as many ranks as there should be."""
+        epoch, goal = self._last, self.goal
+        counts = (len(epoch.of_role("attention")), len(epoch.of_role("expert"))) if epoch else (0, 0)
+        return counts == (goal.attention_ranks, goal.expert_ranks)
+
+    @property
     def changing(self) -> str:
         """What the change that is on its way is for; empty if there is none."""
         return self._change.why if self._change else ""
@@ -453,14 +460,14 @@ class EpochMachine:
 
     def _settle_dispute(self, change: _Change, wrong: Disagreement, now_s: float) -> list[Action]:
         """Replicas differ, and who is right is a guess. So next time all is read from the checkpoint; if they differ
-        again, the one that is outvoted goes, and if that does not help, the others.
+        again, the one that is outvoted goes, and then the others and it in turn.
         """
         self._disputes += 1
         problem = f"rank {wrong.rank}, layer {wrong.layer}, slot {wrong.slot}: {wrong.why}"
         expert = _spec_of(change.ranks, wrong.rank).slots[wrong.layer][wrong.slot]
         holders = [spec.rank for spec in change.ranks if expert in spec.slots.get(wrong.layer, ())]
         others = [rank for rank in holders if rank != wrong.rank]
-        suspects = [wrong.rank] if self._disputes == 2 else others if self._disputes > 2 else []
+        suspects = [wrong.rank] if self._disputes % 2 == 0 else others if self._disputes > 1 else []
         actions = self._fail(problem, now_s, [wrong.rank])
         return actions + [action for rank in suspects for action in self.evict(rank, problem, now_s)]
 

@@ -263,7 +263,7 @@ class Driver:
                 self.deliver(rank)
 
     def lose(self, *lost: int) -> None:
-        """Loses ranks, with what they had computed and not delivered, and begins an epoch with others in their place."""
+        """Loses ranks, with what they had not delivered, and begins an epoch with others in their place."""
         for rank in lost:
             self._make_rank(rank)
         self.scheduler.change_ranks(self.ranks, [rank for rank in self.ranks if rank not in lost])

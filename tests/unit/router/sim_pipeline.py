@@ -41,7 +41,7 @@ from cluster.autoscale import Autoscaler
 from cluster.balance import Balancer
 
 PACKET_S = 0.0005
-TURN_S = 0.1  # between turns of a router to which nothing comes
+TURN_S = 0.2  # between turns of a router to which nothing comes
 ROUTER_BACK_S = 3.0
 INGRESS_BEAT_S = 1.0
 PATIENCE_S = 60.0
@@ -241,9 +241,7 @@ class SimIngress:
     def _send(self, message: ToRouter) -> None:
         router, identity = self.router, self.identity
         if router is not None:
-            self._link.send(
-                lambda: router._take(lambda: router.core.on_ingress(identity, message, self.world.now_s))
-            )
+            self._link.send(lambda: router._take(lambda: router.core.on_ingress(identity, message, self.world.now_s)))
 
     def ask(self, client: SimClient) -> None:
         self.open[client.request.request_id] = client

@@ -1,8 +1,8 @@
 """A pipeline in virtual time: the real router core, planner and scaler over simulated ranks, network and clients.
 
-One seed decides everything. Ranks execute plans literally (`scheduler_harness.FakeRank`), so a page or a token that goes
-astray in any recovery shows. Faults are those of the real world as the router can see them: processes end, stop and go
-on, are slow, cannot reach each other, fail to load or load nonsense; routers and ingresses die.
+One seed decides everything. Ranks execute plans literally (`scheduler_harness.FakeRank`), so a page or a token that
+goes astray in any recovery shows. Faults are those of the real world as the router can see them: processes end, stop
+and go on, are slow, cannot reach each other, fail to load or load nonsense; routers and ingresses die.
 """
 
 import heapq
@@ -155,7 +155,9 @@ class SimRank:
                 self.answer(Alive(rank=self.rank))
             case Attach():
                 slots = {layer: tuple(experts) for layer, experts in self.filled.items()}
-                self.answer(Attached(rank=self.rank, spec=structs.replace(self.spec, slots=slots) if self.spec else None))
+                self.answer(
+                    Attached(rank=self.rank, spec=structs.replace(self.spec, slots=slots) if self.spec else None)
+                )
             case Leave(epoch=epoch):
                 self._end_epoch(epoch)
             case Load() | Prepare():

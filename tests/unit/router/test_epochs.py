@@ -1,157 +1,292 @@
-"""The membership state machine: every road to serving, and back after a loss."""
+"""The membership machine, road by road. (`test_simulation.py` drives it through thousands of random ones.)"""
+
+from collections.abc import Callable, Sequence
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from actors.router.epochs import BeginServing, EndEpoch, EpochMachine, Phase, StartRanks, Tell
-from actors.types import Failed, Join, Joined, Load, Loaded, Prepare, Prepared, Progress, RankSpec
-
-SPECS = tuple(RankSpec(rank=r, roles=("attention", "expert")) for r in range(3))
-
-
-def machine() -> EpochMachine:
-    return EpochMachine(SPECS, {"model": "m"}, "127.0.0.1:1", join_timeout_s=2.0)
-
-
-def bring_up(m: EpochMachine, now_s: float = 100.0) -> list[object]:
-    if m.phase is Phase.WAITING:
-        assert m.begin() == [StartRanks()]
-    tells = m.started()
-    assert [type(t.message) for t in tells] == [Load] * 3
-    actions: list[object] = []
-    for message in (Loaded(rank=r, weight_bytes=1) for r in range(3)):
-        actions = m.on_loaded(message, now_s)
-    assert [type(t.message) for t in actions] == [Prepare] * 3
-    epoch = actions[0].message.epoch
-    for r in range(3):
-        actions = m.on_prepared(Prepared(rank=r, epoch=epoch.epoch), now_s)
-    assert [type(t.message) for t in actions] == [Join] * 3
-    for r in range(3):
-        actions = m.on_joined(Joined(rank=r, epoch=epoch.epoch))
-    return actions
-
-
-def test_all_ranks_answer_each_phase_before_the_next_begins() -> None:
-    m = machine()
-    (serve,) = bring_up(m)
-    assert isinstance(serve, BeginServing) and m.serving
-    assert serve.epoch.ranks == SPECS and set(serve.loaded) == {0, 1, 2}
-
-
-def test_a_repeated_answer_does_not_stand_for_another_rank() -> None:
-    m = machine()
-    m.begin()
-    m.started()
-    for _ in range(5):
-        assert m.on_loaded(Loaded(rank=1, weight_bytes=1), 0.0) == []
-    assert m.phase is Phase.LOADING
-
-
-def test_loss_while_serving_ends_the_epoch_once_and_tries_again_after_a_pause() -> None:
-    m = machine()
-    bring_up(m)
-    first = m.epoch_number
-    assert m.end("rank 1 was lost", 200.0) == [EndEpoch("rank 1 was lost")]
-    assert m.on_failed(Failed(rank=0, epoch=first, problem="reset by peer"), 200.0) == []
-    assert m.tick(200.1) == []
-    assert m.tick(200.3) == [StartRanks()]
-    bring_up(m, 201.0)
-    assert m.epoch_number > first
-
-
-def test_stale_failure_of_an_old_epoch_is_dropped() -> None:
-    m = machine()
-    bring_up(m)
-    old = m.epoch_number
-    m.end("lost", 200.0)
-    m.tick(201.0)
-    bring_up(m, 201.0)
-    assert m.on_failed(Failed(rank=0, epoch=old, problem="late"), 202.0) == []
-    assert m.serving
-
-
-def test_a_broken_checkpoint_is_not_tried_again() -> None:
-    m = machine()
-    m.begin()
-    m.started()
-    assert m.on_failed(Failed(rank=2, epoch=0, problem="truncated", fatal=True), 1.0) == []
-    assert m.phase is Phase.BROKEN and "truncated" in m.detail()
-    assert m.tick(1e9) == []
-
-
-@pytest.mark.parametrize("silent", [0, 1, 2])
-def test_a_silent_rank_fails_the_join_in_time(silent: int) -> None:
-    m = machine()
-    m.begin()
-    m.started()
-    for r in range(3):
-        m.on_loaded(Loaded(rank=r, weight_bytes=1), 100.0)
-    for r in range(3):
-        if r != silent:
-            m.on_prepared(Prepared(rank=r, epoch=m.epoch_number), 100.0)
-    assert m.tick(101.9) == []
-    m.tick(102.1)
-    assert m.phase is Phase.WAITING and f"rank {silent}" in m.problem
-
-
-def test_pauses_grow_and_are_forgotten_once_it_serves() -> None:
-    m = machine()
-    m.begin()
-    now_s, pauses = 0.0, []
-    for _ in range(8):
-        m.start_failed("no room", now_s)
-        began = now_s
-        while not m.tick(now_s):
-            now_s += 0.1
-        pauses.append(now_s - began)
-    assert pauses == sorted(pauses) and pauses[-1] <= 10.2
-    bring_up(m, now_s)
-    m.end("lost", now_s)
-    assert m.tick(now_s + 0.25) == [StartRanks()]
-
-
-def test_progress_is_shown() -> None:
-    m = machine()
-    m.begin()
-    m.started()
-    m.on_progress(Progress(rank=0, done_bytes=1_000_000_000, total_bytes=4_000_000_000))
-    m.on_progress(Progress(rank=1, done_bytes=1_000_000_000, total_bytes=4_000_000_000))
-    assert "2.00 of 8.00 GB" in m.detail()
-
-
-EVENTS = st.tuples(
-    st.sampled_from(["started", "start_failed", "loaded", "prepared", "joined", "failed", "end", "tick"]),
-    st.integers(0, 2),
-    st.booleans(),  # current epoch or a stale one
+from actors.router.epochs import Action, BeginServing, Connect, EpochMachine, Kill, Start, Suspend, Tell
+from actors.router.membership import ExpertTokens, Goal, Proposal
+from actors.types import (
+    EMPTY_SLOT,
+    Attach,
+    Attached,
+    Failed,
+    Join,
+    Joined,
+    Leave,
+    Load,
+    Loaded,
+    Prepare,
+    Prepared,
+    Progress,
+    RankEndpoints,
+    RankSpec,
+    SlotProof,
 )
 
+A, B, C = (RankSpec(rank=0, roles=("attention",)), RankSpec(rank=1, roles=("expert",), slots={1: (0, 1)}),
+           RankSpec(rank=2, roles=("expert",), slots={1: (0, 1)}))  # fmt: skip
+RIGHT, WRONG = SlotProof(checksum=7, probe=1.0), SlotProof(checksum=8, probe=1.0)
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(EVENTS, max_size=80))
-def test_whatever_happens_epochs_grow_and_begin_and_end_in_turn(events: list[tuple[str, int, bool]]) -> None:
-    m, now_s, serving, last = machine(), 1.0, False, 0
-    m.begin()
-    for kind, rank, current in events:
-        now_s += 0.5
-        epoch = m.epoch_number if current else m.epoch_number - 1
-        actions = {
-            "started": lambda: m.started(),
-            "start_failed": lambda now=now_s: m.start_failed("x", now),
-            "loaded": lambda r=rank, now=now_s: m.on_loaded(Loaded(rank=r, weight_bytes=1), now),
-            "prepared": lambda r=rank, e=epoch, now=now_s: m.on_prepared(Prepared(rank=r, epoch=e), now),
-            "joined": lambda r=rank, e=epoch: m.on_joined(Joined(rank=r, epoch=e)),
-            "failed": lambda r=rank, e=epoch, now=now_s: m.on_failed(Failed(rank=r, epoch=e, problem="p"), now),
-            "end": lambda now=now_s: m.end("lost", now),
-            "tick": lambda now=now_s: m.tick(now),
-        }[kind]()
-        for action in actions:
-            if isinstance(action, BeginServing):
-                assert not serving and action.epoch.epoch > last
-                serving, last = True, action.epoch.epoch
-            elif isinstance(action, EndEpoch):
-                assert serving
-                serving = False
-            elif isinstance(action, Tell):
-                assert not serving
-        assert m.serving == serving
+
+class Planner:
+    """Says what the test wrote down."""
+
+    def __init__(self, first: Sequence[RankSpec]) -> None:
+        self.first_ranks = tuple(first)
+        self.recovered: Callable[[Sequence[RankSpec], int], Sequence[RankSpec]] = lambda survivors, n: survivors
+
+    def first(self, goal: Goal, next_rank: int) -> tuple[RankSpec, ...]:
+        return self.first_ranks
+
+    def recover(self, survivors: Sequence[RankSpec], lost: Sequence[RankSpec], next_rank: int) -> tuple[RankSpec, ...]:
+        return tuple(self.recovered(survivors, next_rank))
+
+    def propose(self, current: Sequence[RankSpec], goal: Goal, tokens: ExpertTokens, next_rank: int) -> Proposal | None:
+        raise AssertionError("asked by the router only")
+
+
+class Road:
+    """A machine and the ranks that answer it, for as long as the test lets them."""
+
+    def __init__(self, *ranks: RankSpec) -> None:
+        self.planner = Planner(ranks)
+        goal = Goal(attention_ranks=1, expert_ranks=len(ranks) - 1)
+        self.machine = EpochMachine(self.planner, goal, {"model": "m"}, "127.0.0.1:1", join_timeout_s=2.0)
+        self.now_s = 100.0
+        self.silent: set[int] = set()
+        self.proof: Callable[[int], SlotProof] = lambda rank: RIGHT
+        self.told: list[Tell] = []
+        self.done: list[Action] = []
+
+    def play(self, actions: list[Action]) -> list[Action]:
+        """Carries actions out, has ranks answer, and so on to the end. Returns all actions since the last call."""
+        queue = list(actions)
+        while queue:
+            action = queue.pop(0)
+            self.done.append(action)
+            match action:
+                case Start(rank=rank):
+                    if rank not in self.silent:
+                        queue += self.machine.up(rank, endpoints(rank), self.now_s)
+                case Tell(rank=rank, message=message):
+                    self.told.append(action)
+                    if rank not in self.silent:
+                        queue += self.answer(rank, message)
+            if self.machine.draining:
+                queue += self.machine.drained(self.now_s)
+        done, self.done = self.done, []
+        return done
+
+    def answer(self, rank: int, message: object) -> list[Action]:
+        m = self.machine
+        match message:
+            case Load(epoch=epoch, spec=spec):
+                proofs = {layer: tuple(self.proof(rank) for _ in experts) for layer, experts in spec.slots.items()}
+                return m.on_loaded(Loaded(rank=rank, epoch=epoch, weight_bytes=1, proofs=proofs), self.now_s)
+            case Prepare(epoch=epoch):
+                return m.on_prepared(Prepared(rank=rank, epoch=epoch.epoch), self.now_s)
+            case Join(epoch=epoch):
+                return m.on_joined(Joined(rank=rank, epoch=epoch), self.now_s)
+        return []
+
+    def up(self) -> "Road":
+        self.play(self.machine.begin((), self.now_s))
+        assert self.machine.serving
+        self.told.clear()
+        return self
+
+    def messages(self, kind: type) -> list[tuple[int, object]]:
+        return [(tell.rank, tell.message) for tell in self.told if isinstance(tell.message, kind)]
+
+
+def endpoints(rank: int) -> RankEndpoints:
+    return RankEndpoints(control=f"tcp://h:{rank}", steps=f"tcp://h:{rank + 100}", weights=f"tcp://h:{rank + 200}")
+
+
+def kinds(actions: list[Action]) -> list[type]:
+    return [type(action) for action in actions]
+
+
+def test_the_phases_follow_each_other_once_all_have_answered() -> None:
+    road = Road(A, B)
+    actions = road.play(road.machine.begin((), 100.0))
+    (begin,) = [action for action in actions if isinstance(action, BeginServing)]
+    assert begin.epoch.ranks == (A, B) and begin.kept == frozenset() and set(begin.loaded) == {0, 1}
+    order = [type(tell.message) for tell in road.told]
+    assert order == [Attach, Attach, Load, Load, Prepare, Prepare, Join, Join]
+    assert all(message.fresh for _, message in road.messages(Join))  # type: ignore[attr-defined]
+    prepared = road.messages(Prepare)[0][1].epoch  # type: ignore[attr-defined]
+    assert prepared.endpoints == ("tcp://h:100", "tcp://h:101") and prepared.store == "127.0.0.1:1"
+
+
+def test_one_silent_rank_holds_up_a_phase_and_others_cannot_answer_for_it() -> None:
+    road = Road(A, B)
+    road.silent = {1}
+    road.play(road.machine.begin((), 100.0))
+    assert "starting ranks" in road.machine.detail()
+    road.play(road.machine.up(0, endpoints(0), 100.0))
+    assert not road.messages(Load)
+
+
+def test_a_planned_change_keeps_requests_and_retires_who_is_not_in_it() -> None:
+    road = Road(A, B).up()
+    actions = road.play(road.machine.want(Proposal(ranks=(A, C), why="another"), 101.0))
+    assert kinds(actions)[0] is Start and BeginServing in kinds(actions)
+    assert actions[-1] == Kill(1), "only once the new epoch serves"
+    begin = next(action for action in actions if isinstance(action, BeginServing))
+    assert begin.kept == {0} and not road.messages(Leave)
+    assert {rank: message.fresh for rank, message in road.messages(Join)} == {0: False, 2: True}  # type: ignore[attr-defined]
+    sources = dict(road.messages(Load))[2].sources  # type: ignore[attr-defined]
+    assert [(source.endpoint, source.experts) for source in sources] == [("tcp://h:201", {1: (0, 1)})]
+
+
+@pytest.mark.parametrize("fails", ["start", "load", "prepare"])
+def test_a_change_that_fails_before_it_joins_leaves_the_old_epoch_serving(fails: str) -> None:
+    road = Road(A, B).up()
+    machine, old = road.machine, road.machine.epoch
+    road.silent = {2}
+    machine_actions = machine.want(Proposal(ranks=(A, B, C), why="grow"), 101.0)
+    road.play(machine_actions)
+    if fails == "start":
+        actions = machine.lose(2, "no room", 101.0)
+    else:
+        road.play(machine.up(2, endpoints(2), 101.0))
+        number = road.messages(Load)[0][1].epoch  # type: ignore[attr-defined]
+        if fails == "prepare":
+            road.play(
+                machine.on_loaded(Loaded(rank=2, epoch=number, weight_bytes=1, proofs={1: (RIGHT, RIGHT)}), 101.0)
+            )
+        actions = machine.on_failed(Failed(rank=2, epoch=number, problem="broken"), 101.0)
+        assert Kill(2) in actions
+    assert machine.serving and machine.may_plan and machine.epoch is old and not road.messages(Join)
+    assert not machine.idle(101.0) and machine.idle(111.0), "not again at once"
+    assert machine.history[-1].problem
+
+
+def test_steps_are_not_planned_from_draining_to_serving() -> None:
+    road = Road(A, B).up()
+    road.silent = {0, 1}
+    actions = road.machine.want(Proposal(ranks=(A, B), why="again"), 101.0)
+    number = actions[-1].message.epoch  # type: ignore[union-attr]
+    for rank in (0, 1):
+        actions = road.machine.on_loaded(
+            Loaded(rank=rank, epoch=number, weight_bytes=1, proofs={1: (RIGHT,) * 2}), 101.0
+        )
+    assert road.machine.may_plan
+    for rank in (0, 1):
+        road.machine.on_prepared(Prepared(rank=rank, epoch=number), 101.0)
+    assert road.machine.draining and road.machine.serving and not road.machine.may_plan
+    actions = road.machine.drained(101.0)
+    assert [type(a.message) for a in actions if isinstance(a, Tell)] == [Join, Join] and not road.machine.serving
+
+
+def test_a_lost_member_ends_the_epoch_and_survivors_go_on_with_their_requests() -> None:
+    road = Road(A, B, C).up()
+    actions = road.play(road.machine.lose(1, "killed", 102.0))
+    assert kinds(actions)[0] is Suspend
+    assert {rank for rank, _ in road.messages(Leave)} == {0, 2}
+    begin = next(action for action in actions if isinstance(action, BeginServing))
+    assert begin.epoch.ranks == (A, C) and begin.kept == {0}
+    assert not any(isinstance(action, Start) for action in actions)
+
+
+def test_a_lost_attention_rank_is_not_kept_even_if_its_number_were() -> None:
+    road = Road(A, B).up()
+    road.planner.recovered = lambda survivors, n: (RankSpec(rank=n, roles=("attention",)), *survivors)[::-1]
+    actions = road.play(road.machine.lose(0, "killed", 102.0))
+    begin = next(action for action in actions if isinstance(action, BeginServing))
+    assert begin.kept == frozenset() and Start(2, ("attention",)) in actions
+
+
+def test_a_step_that_failed_ends_the_epoch_and_late_news_of_it_ends_no_other() -> None:
+    road = Road(A, B).up()
+    assert road.machine.epoch is not None
+    first = road.machine.epoch.epoch
+    road.play(road.machine.on_failed(Failed(rank=1, epoch=first, problem="lost a peer"), 103.0))
+    assert road.machine.serving and road.machine.epoch.epoch > first
+    assert road.machine.on_failed(Failed(rank=0, epoch=first, problem="lost a peer"), 103.0) == []
+    assert road.machine.serving
+
+
+def test_the_rank_that_nobody_reaches_goes() -> None:
+    road = Road(A, B, C).up()
+    road.silent = {0, 1, 2}
+    road.told.clear()
+    road.play(road.machine.break_epoch("a step was late", 103.0))
+    number = road.messages(Load)[0][1].epoch  # type: ignore[attr-defined]
+    for rank, proofs in ((0, {}), (1, {1: (RIGHT, RIGHT)}), (2, {1: (RIGHT, RIGHT)})):
+        road.play(road.machine.on_loaded(Loaded(rank=rank, epoch=number, weight_bytes=1, proofs=proofs), 103.0))
+    actions: list[Action] = []
+    for rank, suspects in ((0, (2,)), (1, (2,)), (2, (0, 1))):
+        actions = road.machine.on_failed(Failed(rank=rank, epoch=number, problem="deaf", suspects=suspects), 103.0)
+    assert Kill(2) in actions and not road.machine.serving
+    road.silent = set()
+    road.play(road.machine.tick(103.2))
+    assert road.machine.serving and road.machine.epoch is not None and road.machine.epoch.ranks == (A, B)
+
+
+def test_a_router_that_restarts_takes_over_what_it_finds() -> None:
+    road = Road(A, B)
+    assert road.machine.begin((3, 5), 100.0) == []
+    spec = RankSpec(rank=5, roles=("attention", "expert"), slots={1: (0, 1)})
+    actions = road.machine.up(3, endpoints(3), 100.0) + road.machine.up(5, endpoints(5), 100.0)
+    assert [type(action) for action in actions] == [Connect, Tell, Connect, Tell]
+    road.play(road.machine.on_attached(Attached(rank=3), 100.0))
+    done = road.play(road.machine.on_attached(Attached(rank=5, spec=spec), 100.0))
+    assert Kill(3) in done, "it holds nothing"
+    begin = next(action for action in done if isinstance(action, BeginServing))
+    assert begin.epoch.ranks == (spec,) and begin.kept == frozenset(), "its requests belonged to another router"
+    assert begin.epoch.store == "", "one rank meets nobody"
+
+
+def test_found_ranks_that_stay_silent_are_given_up() -> None:
+    road = Road(A, B)
+    road.machine.begin((7,), 100.0)
+    assert road.machine.tick(104.0) == []
+    actions = road.play(road.machine.tick(105.1))
+    assert actions[0] == Kill(7) and road.machine.serving
+
+
+def test_replicas_that_differ_may_not_serve_and_are_read_from_the_checkpoint_next() -> None:
+    road = Road(A, B).up()
+    road.proof = lambda rank: WRONG if rank == 2 else RIGHT
+    road.play(road.machine.want(Proposal(ranks=(A, B, C), why="grow"), 101.0))
+    assert road.machine.serving and road.machine.epoch is not None and road.machine.epoch.ranks == (A, B)
+    assert "other weights" in road.machine.history[-1].problem
+    road.told.clear()
+    road.proof = lambda rank: RIGHT
+    d = RankSpec(rank=3, roles=("expert",), slots={1: (0, EMPTY_SLOT)})
+    road.play(road.machine.want(Proposal(ranks=(A, B, d), why="grow"), 120.0))
+    assert dict(road.messages(Load))[3].sources == ()  # type: ignore[attr-defined]
+    assert road.machine.epoch.ranks == (A, B, d)
+
+
+def test_a_broken_checkpoint_at_first_start_is_the_end() -> None:
+    road = Road(A, B)
+    road.silent = {0, 1}
+    road.play(road.machine.begin((), 100.0))
+    for rank in (0, 1):
+        road.play(road.machine.up(rank, endpoints(rank), 100.0))
+    number = road.messages(Load)[0][1].epoch  # type: ignore[attr-defined]
+    road.machine.on_progress(Progress(rank=1, done_bytes=1, total_bytes=2_000_000_000))
+    assert "2.00 GB" in road.machine.detail()
+    assert road.machine.on_failed(Failed(rank=1, epoch=number, problem="no such file", fatal=True), 100.0) == []
+    assert road.machine.broken and road.machine.tick(10_000.0) == []
+
+
+def test_what_fails_is_tried_again_with_growing_pauses() -> None:
+    road = Road(A, B)
+    road.silent = {0, 1}
+    road.play(road.machine.begin((), 100.0))
+    pauses, now_s = [], 100.0
+    for _ in range(9):
+        ranks = sorted(road.machine._members)
+        road.machine.lose(ranks[0], "died", now_s)
+        began_s = now_s
+        while not road.machine.changing:
+            now_s += 0.01
+            road.play(road.machine.tick(now_s))
+        pauses.append(now_s - began_s)
+    assert pauses[0] == pytest.approx(0.1, abs=0.02) and pauses[-1] == pytest.approx(10.0, abs=0.02)
+    assert pauses == sorted(pauses)
