@@ -25,7 +25,7 @@ class PipelineConfig:
     Raises ConfigError from `parse` on an unknown key or a value out of bounds.
     """
 
-    model: str = "shape:tiny"  # checkpoint directory, or shape:NAME for random weights made on first use
+    model: str = "demo"  # checkpoint directory, demo for the one that comes along, shape:NAME for random weights
     served_model_name: str = ""  # what clients call it; "" is the directory's last part
     application: str = "corral"  # names the detached rank actors
 

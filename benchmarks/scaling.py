@@ -213,8 +213,7 @@ def main() -> None:
             "grow_and_shrink": grow_and_shrink(tiny, args.changes),
         }
     print(json.dumps(results, indent=2))
-    text = report.preamble("Scaling while requests run") + f"\n{STREAMS} streams, fp32. More processes than cores: on tiny
-experts a balanced load costs more wakeups than it saves; what balance gains shows where experts are the work.\n"
+    text = report.preamble("Scaling while requests run") + f"\n{STREAMS} streams, fp32.\n"
     for name, values in results.items():
         text += f"\n## {name.replace('_', ' ')}\n\n" + report.table(("", ""), list(values.items())) + "\n"
     report.write("scaling", text, results)

@@ -34,8 +34,8 @@ class Balancer:
     least fall of the busiest ranks' tokens, as a share, for which experts are moved (tokens are summed over layers:
     ranks pass through them in step).
 
-    Ranks with the highest numbers retire, once the others hold every expert as often as they have room for; that may
-    take some epochs. Fewer ranks than hold `replicas` of every expert are not proposed (see `problem`).
+    Ranks with the highest numbers retire, once the others hold every expert as often as they should; that may take some
+    epochs. There are never fewer expert ranks than can hold `replicas` of every expert, whatever the goal (`problem`).
     """
 
     layout: Layout  # not auto
@@ -45,20 +45,18 @@ class Balancer:
     replicas: int = 1
     rebalance_gain: float = 0.1
 
+    def __post_init__(self) -> None:
+        if self.moe_layers and min(self.num_slots, self.replicas) < 1:
+            raise LayoutError(f"{self.num_slots} expert slots for {self.replicas} replicas of every expert")
+
     def first(self, goal: Goal, next_rank: int) -> tuple[RankSpec, ...]:
-        """A membership from nothing. Raises LayoutError if the goal's expert ranks cannot hold every expert."""
+        """A membership from nothing."""
         numbers = count(next_rank)
-        attention = self._new_attention_ranks(goal.attention_ranks, numbers)
-        num_ranks = max(1, goal.expert_ranks)
+        attention = self._new_attention_ranks(max(1, goal.attention_ranks), numbers)
+        num_ranks = self._num_expert_ranks([], goal)
         experts = self._new_expert_ranks([self.num_slots] * num_ranks, numbers)
-        if not self.moe_layers:
-            return (*attention, *experts)
-        if num_ranks * self.num_slots < self.num_experts:
-            raise LayoutError(self._shortage(num_ranks, 1))
-        whole = min(self.replicas, num_ranks, num_ranks * self.num_slots // self.num_experts)
-        dealt = place_experts(self.num_experts, num_ranks, whole)
+        dealt = place_experts(self.num_experts, num_ranks, self.replicas) if self.moe_layers else ()
         rows = [(*row, *[EMPTY_SLOT] * (self.num_slots - len(row))) for row in dealt]
-        rows = _moved(rows, completed, np.ones(self.num_experts), self.replicas)
         return (*attention, *_with_slots(experts, dict.fromkeys(self.moe_layers, rows)))
 
     def recover(self, survivors: Sequence[RankSpec], lost: Sequence[RankSpec], next_rank: int) -> tuple[RankSpec, ...]:
@@ -92,7 +90,11 @@ class Balancer:
         why = _sizes_text(len(attention), len(new_attention), "attention rank")
         why += _sizes_text(len(experts), len(new_experts), "expert rank")
         if len(new_experts) == len(experts) and new_experts != experts:
-            what = "before a rank retires" if goal.expert_ranks < len(experts) else "replicas that are missing"
+            what = (
+                "before a rank retires"
+                if self._num_expert_ranks(experts, goal) < len(experts)
+                else "replicas that are missing"
+            )
             why += [f"{what}: {_moves_text(experts, new_experts)}"]
         return Proposal(
             ranks=_ascending(new_attention, new_experts),
@@ -100,10 +102,12 @@ class Balancer:
         )
 
     def problem(self, current: Sequence[RankSpec], goal: Goal) -> str:
-        """Why the goal's number of expert ranks will not be reached from `current`; empty if it can be."""
-        num_ranks = max(1, goal.expert_ranks)
-        experts = _by_role(current)[1]
-        return "" if self._fewest(experts, num_ranks) <= num_ranks else self._shortage(num_ranks, self.replicas)
+        """Why there will be more expert ranks than the goal's; empty if there will not."""
+        num_ranks = self._num_expert_ranks(_by_role(current)[1], goal)
+        if num_ranks <= max(1, goal.expert_ranks):
+            return ""
+        experts = f"{self.num_experts} experts" + (f" {self.replicas} times each" if self.replicas > 1 else "")
+        return f"it takes {num_ranks} expert ranks of {self.num_slots} slots per layer to hold {experts}"
 
     # --- numbers of ranks ---------------------------------------------------------------------------------------------
 
@@ -117,7 +121,7 @@ class Balancer:
         self, experts: list[RankSpec], goal: Goal, tokens: ExpertTokens, numbers: Iterator[int]
     ) -> list[RankSpec]:
         """One step to the goal's number, and to as many holders of every expert as there should be."""
-        num_ranks = self._fewest(experts, max(1, goal.expert_ranks))
+        num_ranks = self._num_expert_ranks(experts, goal)
         if num_ranks > len(experts):
             new = self._new_expert_ranks([self.num_slots] * (num_ranks - len(experts)), numbers)
             return self._stepped([*experts, *new], _shared_out, tokens)
@@ -127,17 +131,16 @@ class Balancer:
         is_settled = self._stepped(staying, completed, tokens) == staying
         return staying if is_settled else [*staying, *experts[num_ranks:]]
 
-    def _fewest(self, experts: Sequence[RankSpec], num_ranks: int) -> int:
-        """`num_ranks`, or as many more of `experts` as it takes to hold `replicas` of every expert; all if none do."""
-        for num in range(num_ranks, len(experts)):
+    def _num_expert_ranks(self, experts: Sequence[RankSpec], goal: Goal) -> int:
+        """The goal's number, or as many as it takes to hold `replicas` of every expert; the oldest stay."""
+        for num in count(max(1, goal.expert_ranks)):
+            new_slots = max(0, num - len(experts)) * self.num_slots
             rooms = (sum(len(spec.slots.get(layer, ())) for spec in experts[:num]) for layer in self.moe_layers)
-            if not self.moe_layers or (num >= self.replicas and min(rooms) >= self.num_experts * self.replicas):
-                return num
-        return max(num_ranks, len(experts))
-
-    def _shortage(self, num_ranks: int, replicas: int) -> str:
-        copies = f"{self.num_experts} experts" + (f" {replicas} times each" if replicas > 1 else "")
-        return f"{num_ranks} expert ranks of {self.num_slots} slots per layer cannot hold {copies}"
+            if not self.moe_layers or (
+                num >= self.replicas and min(rooms) + new_slots >= self.num_experts * self.replicas
+            ):
+                break
+        return num
 
     # --- ranks and their slots ----------------------------------------------------------------------------------------
 
@@ -208,7 +211,7 @@ class Balancer:
         if not moved or sum(after.values()) > enough:
             return None
         changed = _with_slots(experts, {layer: _rows(experts, layer) for layer in self.moe_layers} | moved)
-        ratios = [sum(tokens.values()) / sum(mean.values()) for tokens in (now, after)]
+        ratios = [sum(busiest.values()) / sum(mean.values()) for busiest in (now, after)]
         return Proposal(
             ranks=_ascending(attention, changed),
             why=f"busiest expert rank {ratios[0]:.2f} times the mean, can be {ratios[1]:.2f}: "

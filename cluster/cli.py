@@ -14,7 +14,7 @@ from actors.errors import CorralError
 _MODULES = {
     "serve": "serve",
     "stop": "serve",
-    "status": "serve",
+    "status": "status",
     "ask": "talk",
     "chat": "talk",
     "plan": "plan",

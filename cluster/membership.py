@@ -18,6 +18,11 @@ class Membership:
     balancer: Balancer
     autoscaler: Autoscaler
 
+    def apply(self, scaling: ScalingConfig) -> None:
+        """Other bounds, for the pipeline that runs. Safe from any thread."""
+        self.balancer.rebalance_gain = scaling.rebalance_gain
+        self.autoscaler.set_bounds(scaling)
+
 
 def plan_membership(plan: Plan, scaling: ScalingConfig) -> Membership:
     """What `plan` says is where the pipeline starts, and where it stays without bounds in `scaling`."""
@@ -28,6 +33,7 @@ def plan_membership(plan: Plan, scaling: ScalingConfig) -> Membership:
         num_experts=model.num_experts,
         num_slots=pipeline.expert_slots,
         replicas=pipeline.expert_replicas,
+        rebalance_gain=scaling.rebalance_gain,
     )
     autoscaler = Autoscaler(scaling, pipeline.attention_ranks, pipeline.expert_ranks, pipeline.layout)
     return Membership(balancer=balancer, autoscaler=autoscaler)

@@ -1,7 +1,7 @@
 """Ranks as detached Ray actors: how they are found, started, watched and ended.
 
-Owns names, resources and death watches. Knows nothing of epochs or requests. Each rank asks Ray for its resources on its
-own, so a cluster that has none free is a reason for Ray's autoscaler to bring a node.
+Owns names, resources and death watches. Knows nothing of epochs or requests. Each rank asks Ray for its resources on
+its own, so a cluster that has none free is a reason for Ray's autoscaler to bring a node.
 """
 
 import logging
@@ -11,10 +11,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.util import list_named_actors
 
 from actors.attention.actor import AttentionActor
 from actors.config import PipelineConfig
+from actors.errors import UnavailableError
 from actors.expert.actor import ExpertActor
 from actors.router.fleet import FleetNews, RankDown, RankUp
 from actors.types import Role
@@ -24,6 +28,7 @@ from cluster.rank_environment import RANK_ENVIRONMENT
 log = logging.getLogger("corral.placement")
 
 NAMESPACE = "corral"
+SNAPSHOT_TIMEOUT_S = 10.0
 CPU_PER_RANK = 0.1  # bookkeeping: threads are set by threads_per_rank
 
 
@@ -32,13 +37,29 @@ def cluster_machines(device: str) -> Machines:
     return machines_of_nodes([node["Resources"] for node in ray.nodes() if node["Alive"]], device)
 
 
+def read_snapshot(address: str, application: str) -> dict[str, Any]:
+    """The state of a pipeline, from its router. `address` is Ray's (see `ray.init`).
+
+    Raises UnavailableError where no such Ray or application answers.
+    """
+    try:
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+        handle = serve.get_deployment_handle("Router", app_name=application)
+        snapshot: dict[str, Any] = handle.snapshot.remote().result(timeout_s=SNAPSHOT_TIMEOUT_S)
+        return snapshot
+    except (ConnectionError, RayError, RayServeException, TimeoutError, ValueError) as e:
+        raise UnavailableError(f"{application} at {address}: {e}") from e
+    finally:
+        ray.shutdown()
+
+
 class RayFleet:
     """Implements `actors.router.fleet.Fleet` with named detached actors, so that a router that restarts finds them.
 
     `secret` is what ranks need to know to be spoken to (see `actors/wire.py`).
     """
 
-    def __init__(self, pipeline: PipelineConfig, secret: bytes | None = None) -> None:
+    def __init__(self, pipeline: PipelineConfig, secret: bytes) -> None:
         self._pipeline = pipeline
         self._secret = secret
         self._on_gpu = pipeline.device == "cuda"

@@ -39,7 +39,7 @@ def start(args: dict[str, Any], ports: ServicePorts, scratch: Path) -> None:
         logging_level=logging.WARNING,
         _node_ip_address=_LOOPBACK_NODE,
         _metrics_export_port=ports.metrics,
-        _temp_dir=str(scratch),
+        _temp_dir=str(scratch / "ray"),  # Ray opens its folder to all users of the machine; the one above is ours alone
     )
     serve.start(
         proxy_location=ProxyLocation.HeadOnly,
@@ -48,6 +48,12 @@ def start(args: dict[str, Any], ports: ServicePorts, scratch: Path) -> None:
         logging_config=LoggingConfig(enable_access_log=False),
     )
     serve.run(build(args), name=APPLICATION, route_prefix="/", logging_config=LoggingConfig(enable_access_log=False))
+
+
+def ray_address() -> str:
+    """Where other drivers find the Ray that `start` started."""
+    address: str = ray.get_runtime_context().gcs_address
+    return address
 
 
 def shut_down() -> None:

@@ -33,6 +33,7 @@ class Session:
     grpc_address: str
     metrics_url: str
     scratch: str  # folder of Ray's session; goes with the service
+    ray_address: str = ""  # once Ray runs
 
     @property
     def is_alive(self) -> bool:

@@ -1,4 +1,5 @@
-"""Where a pipeline's model lies: a directory, or `shape:NAME` for random weights that are made on first use.
+"""Where a pipeline's model lies: a directory, `demo` for the one that comes with Corral, or `shape:NAME` for random
+weights that are made on first use.
 
 Owns the cache of made models and the lock around it. Knows nothing of how they are written, and imports torch only to
 write one, so that a process that merely asks for the directory stays small.
@@ -17,6 +18,9 @@ from actors.checkpoint.shapes import LAYOUTS, SHAPES, ModelShape, StoredExperts,
 from actors.errors import ConfigError
 
 MAKER_VERSION = 1  # raise it when the same shape and seed would give another model
+DEMO = "demo"
+# In an installed package, and in a checkout.
+_DEMO_PLACES = (Path(__file__).parents[1] / "demo_model", Path(__file__).parents[2] / "deploy" / "demo-model")
 MAX_SHAPE_BYTES = 8 * 1024**3  # shape:NAME never fills a disk unasked
 
 _Progress = Callable[[int, int], None]  # (done_bytes, total_bytes)
@@ -25,12 +29,22 @@ _Progress = Callable[[int, int], None]  # (done_bytes, total_bytes)
 def resolve_model_directory(model: str, cache_dir: Path | None = None, *, with_weights: bool = True) -> Path:
     """The directory that PipelineConfig.model names; makes it where it is a `shape:NAME` that is not made yet.
 
+    `demo` is found wherever Corral is installed, whatever the working directory; a directory of that name is `./demo`.
     `cache_dir` None is ~/.cache/corral/models. `with_weights` False is for `load: dummy`. Raises ConfigError.
     """
+    if model == DEMO:
+        return _demo_directory()
     if not model.startswith("shape:"):
         return Path(model).expanduser()
     cache_dir = Path.home() / ".cache" / "corral" / "models" if cache_dir is None else cache_dir
     return ensure_shape_model(model.removeprefix("shape:"), cache_dir, with_weights=with_weights)
+
+
+def _demo_directory() -> Path:
+    for directory in _DEMO_PLACES:
+        if (directory / "config.json").exists():
+            return directory
+    raise ConfigError("model", f"the demonstration model is in neither of {', '.join(map(str, _DEMO_PLACES))}")
 
 
 def ensure_shape_model(

@@ -34,6 +34,7 @@ from actors.types import (
     Prepared,
     Progress,
     RankEndpoints,
+    Role,
     RouterStatus,
     StepPlan,
     StepResult,
@@ -337,7 +338,16 @@ class RouterCore:
             self._machine.goal = self._scaler.observe(seen, now_s)
             self._follow_goal(now_s)
         self.metrics.set_load(load, epoch.epoch if epoch else 0, self._machine.serving)
+        self._count_membership()
         self.snapshot = self._describe(now_s)
+
+    def _count_membership(self) -> None:
+        metrics, machine = self.metrics, self._machine
+        epoch = machine.epoch if machine.serving else None
+        roles: tuple[Role, ...] = ("attention", "expert")
+        metrics.ranks = {role: len(epoch.of_role(role)) if epoch else 0 for role in roles}
+        metrics.ranks_wanted = {"attention": machine.goal.attention_ranks, "expert": machine.goal.expert_ranks}
+        metrics.changes_done, metrics.changes_failed = machine.num_done, machine.num_failed
 
     def _follow_goal(self, now_s: float) -> None:
         """Has the planner think of the next change, unless it does or one is on its way."""

@@ -55,9 +55,13 @@ class MetricsPublisher:
                 ("step_tokens", "Tokens in launched steps, prefill and decode"),
                 ("generated_tokens", "Tokens sampled"),
                 ("preemptions", "Requests preempted to be recomputed"),
+                ("epochs_lost", "Epochs that ended because a rank was lost"),
                 ("step_seconds", "Seconds that ranks spent in steps"),
             )
         }
+        self._changes = Counter("corral_changes", description="Changes of membership that ended", tag_keys=("outcome",))
+        self._ranks = Gauge("corral_ranks", description="Ranks of the epoch that serves", tag_keys=("role",))
+        self._wanted = Gauge("corral_ranks_wanted", description="Ranks that there should be", tag_keys=("role",))
         self._expert = Counter("corral_expert_tokens", description="Tokens routed", tag_keys=("layer", "expert"))
         self._published: dict[Any, float] = {}
 
@@ -74,7 +78,12 @@ class MetricsPublisher:
         self._gauges["kv_used_fraction"].set(load.kv_used_fraction)
         self._gauges["epoch_serving"].set(int(metrics.serving))
         self._gauges["batch_tokens"].set(tokens / steps if steps else 0.0)
-        for name in ("steps", "step_tokens", "generated_tokens", "step_seconds"):
+        for gauge, counts in ((self._ranks, metrics.ranks), (self._wanted, metrics.ranks_wanted)):
+            for role, count in counts.items():
+                gauge.set(count, tags={"role": role})
+        for outcome, total in (("done", metrics.changes_done), ("failed", metrics.changes_failed)):
+            self._count_up(self._changes, ("changes", outcome), total, {"outcome": outcome})
+        for name in ("steps", "step_tokens", "generated_tokens", "step_seconds", "epochs_lost"):
             self._count_up(self._counters[name], name, getattr(metrics, name), {})
         self._count_up(self._counters["preemptions"], "preemptions", load.num_preemptions, {})
         for (layer, expert), total in list(metrics.expert_tokens.items()):

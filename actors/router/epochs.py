@@ -182,6 +182,7 @@ class EpochMachine:
         self.broken = False
         self.problem = ""
         self.history: deque[ChangeRecord] = deque(maxlen=HISTORY)
+        self.num_done = self.num_failed = 0  # changes, of all time
 
     # --- what people see ----------------------------------------------------------------------------------------------
 
@@ -539,6 +540,8 @@ class EpochMachine:
         return actions
 
     def _record(self, change: _Change, problem: str, now_s: float) -> None:
+        self.num_failed += bool(problem)
+        self.num_done += not problem
         pause_s = 0.0
         if not problem and self._suspended_s is not None:
             pause_s, self._suspended_s = now_s - self._suspended_s, None

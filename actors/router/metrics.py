@@ -23,6 +23,10 @@ class RouterMetrics:
         self.epoch = 0
         self.serving = False
         self.epochs_lost = 0
+        self.changes_done = 0
+        self.changes_failed = 0
+        self.ranks: dict[str, int] = {}  # by role
+        self.ranks_wanted: dict[str, int] = {}
 
     def step_launched(self, num_tokens: int) -> None:
         self.steps += 1

@@ -56,9 +56,10 @@ class ChatClient(Protocol):
 class HttpClient:
     """OpenAI's chat completions, streamed."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, api_key: str = "") -> None:
         self.name = f"HTTP {url}"
         self._url = url.rstrip("/")
+        self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
 
     def stream(self, messages: Sequence[Message], options: Options) -> Iterator[Piece]:
         body: dict[str, Any] = {
@@ -72,7 +73,9 @@ class HttpClient:
         timeout = httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
         url = f"{self._url}/v1/chat/completions"
         try:
-            with httpx.stream("POST", url, json=body, timeout=timeout, trust_env=False) as response:
+            with httpx.stream(
+                "POST", url, json=body, headers=self._headers, timeout=timeout, trust_env=False
+            ) as response:
                 if response.status_code != 200:
                     response.read()
                     raise click.ClickException(_http_problem(response))
@@ -82,7 +85,9 @@ class HttpClient:
 
     def _first_model(self) -> str:
         try:
-            response = httpx.get(f"{self._url}/v1/models", timeout=CONNECT_TIMEOUT_S, trust_env=False)
+            response = httpx.get(
+                f"{self._url}/v1/models", headers=self._headers, timeout=CONNECT_TIMEOUT_S, trust_env=False
+            )
         except httpx.TransportError as e:
             raise click.ClickException(f"{self._url}: {e}") from e
         if response.status_code != 200:
@@ -93,10 +98,12 @@ class HttpClient:
 class GrpcClient:
     """corral.v1.Inference/ChatStream."""
 
-    def __init__(self, address: str, application: str = "corral") -> None:
+    def __init__(self, address: str, api_key: str = "", application: str = "corral") -> None:
         self.name = f"gRPC {address}"
         self._address = address
-        self._metadata = (("application", application),)  # how Serve finds the application
+        self._metadata = [("application", application)]  # how Serve finds the application
+        if api_key:
+            self._metadata.append(("authorization", f"Bearer {api_key}"))
 
     def stream(self, messages: Sequence[Message], options: Options) -> Iterator[Piece]:
         request = pb.ChatRequest(

@@ -1,4 +1,4 @@
-"""`corral serve`, `stop` and `status`: a service on this machine.
+"""`corral serve` and `stop`: a service on this machine.
 
 Owns the flags, what a person sees while it starts, and the background. Ray is `cluster/servemain.py`'s, processes and
 files are `cluster/session.py`'s.
@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, get_args, get_origin
@@ -25,6 +25,7 @@ import yaml
 from actors.checkpoint.config import read_model_config
 from actors.config import PipelineConfig
 from actors.errors import ConfigError, UnavailableError
+from actors.ingress.api_keys import ApiKeys
 from cluster.hardware import local_machines
 from cluster.private_ray import Front, ServicePorts, apply_environment, check_port, free_ports
 from cluster.session import Session, StateFolder, all_sessions, end_family, family_of, open_session, stop_session
@@ -65,7 +66,7 @@ def pipeline_options(command: Any) -> Any:
 
 
 @click.command()
-@click.argument("model", default="shape:tiny")
+@click.argument("model", default="demo")
 @pipeline_options
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other key of the pipeline.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address of HTTP and gRPC.")
@@ -74,6 +75,8 @@ def pipeline_options(command: Any) -> Any:
 @click.option("--metrics-port", type=click.IntRange(0, 65535), default=0, help="Prometheus; 0 is any free one.")
 @click.option("--front", type=click.Choice(get_args(Front)), default="haproxy", show_default=True,
               help="What stands before the ingress; proxy is Ray Serve's own, in Python.")  # fmt: skip
+@click.option("--api-keys-file", type=click.Path(exists=True, dir_okay=False, resolve_path=True),
+              help="One API key per line; clients must show one.")  # fmt: skip
 @click.option("--detach", is_flag=True, help="Return once the service answers, and leave it running.")
 def serve(
     model: str,
@@ -83,15 +86,19 @@ def serve(
     grpc_port: int,
     metrics_port: int,
     front: Front,
+    api_keys_file: str | None,
     detach: bool,
     **flags: Any,
 ) -> None:
-    """Serve MODEL (a checkpoint directory, or shape:NAME for random weights) over HTTP and gRPC.
+    """Serve MODEL over HTTP and gRPC: a checkpoint directory, or shape:NAME for random weights, or the tiny
+    demonstration model that comes along if none is stated.
 
     The service has a Ray of its own; others on this machine are left alone. End it with Ctrl-C, or `corral stop`.
     """
     keys = {key: value for key, value in flags.items() if value is not None} | _parse_settings(settings)
     pipeline = PipelineConfig.parse({"model": model} | keys)
+    ApiKeys.read(api_keys_file or "")  # so that a broken file is told at once
+    args = {"pipeline": pipeline.as_dict(), "ingress": {"api_keys_file": api_keys_file or ""}}
     state = StateFolder(port)
     _refuse_second(state, port)
     ports = ServicePorts(host=host, http=port, grpc=grpc_port, metrics=metrics_port or free_ports(1)[0])
@@ -101,7 +108,7 @@ def serve(
         _serve_in_background(state)
     else:
         check_servable(pipeline)
-        _serve_here(state, pipeline, ports, front)
+        _serve_here(state, args, ports, front)
 
 
 @click.command()
@@ -117,17 +124,6 @@ def stop(port: int | None) -> None:
         StateFolder(http_port).remove()
         forced = f" ({killed} processes had to be killed)" if killed else ""
         click.echo(f"{session.http_url} ended in {time.monotonic() - began_s:.1f} s; nothing of it is left{forced}")
-
-
-@click.command()
-def status() -> None:
-    """Show the services of `corral serve` on this machine."""
-    sessions = all_sessions()
-    if not sessions:
-        click.echo("nothing is served")
-    for session in sessions.values():
-        state = _health(session.http_url)[1] if session.is_alive else "gone without a stop; `corral stop` cleans up"
-        click.echo(f"{session.http_url}  gRPC {session.grpc_address}  process {session.pid}  {state}")
 
 
 def check_servable(pipeline: PipelineConfig) -> None:
@@ -163,8 +159,8 @@ def _refuse_second(state: StateFolder, port: int) -> None:
         raise ConfigError("port", f"{session.http_url} is served by process {session.pid}; `corral stop --port {port}`")
 
 
-def _serve_here(state: StateFolder, pipeline: PipelineConfig, ports: ServicePorts, front: Front) -> None:
-    """Runs the service in this process until SIGINT or SIGTERM."""
+def _serve_here(state: StateFolder, args: dict[str, Any], ports: ServicePorts, front: Front) -> None:
+    """Runs the service (`args` of actors/app.py) in this process until SIGINT or SIGTERM."""
     scratch = Path(tempfile.mkdtemp(prefix="corral-", dir="/tmp"))  # short: socket paths end at 107 bytes
     apply_environment(os.environ, scratch, front, scratch / "token")
     session = open_session(
@@ -179,7 +175,8 @@ def _serve_here(state: StateFolder, pipeline: PipelineConfig, ports: ServicePort
     from cluster import servemain  # imports ray, which reads the environment as it is now
 
     try:
-        servemain.start({"pipeline": pipeline.as_dict()}, ports, scratch)
+        servemain.start(args, ports, scratch)
+        state.write(replace(session, ray_address=servemain.ray_address()))
         _end_on_signals(stopped)  # ray has set its own meanwhile
         wait_until_answering(session.http_url, lambda: True)
         click.echo(f"ready: HTTP {session.http_url}  gRPC {session.grpc_address}  metrics {session.metrics_url}")
@@ -245,7 +242,7 @@ def wait_until_answering(url: str, is_alive: Callable[[], bool], timeout_s: floa
     while time.monotonic() < deadline_s:
         if not is_alive():
             raise UnavailableError("the service ended as it started")
-        ready, news = _health(url)
+        ready, news = health_of(url)
         if ready:
             return
         if news != last or time.monotonic() > next_report_s:
@@ -255,7 +252,7 @@ def wait_until_answering(url: str, is_alive: Callable[[], bool], timeout_s: floa
     raise UnavailableError(f"no answer after {timeout_s:.0f} s")
 
 
-def _health(url: str) -> tuple[bool, str]:
+def health_of(url: str) -> tuple[bool, str]:
     """Whether the service is ready, and what it says of itself in one line."""
     try:
         response = httpx.get(f"{url}/health", timeout=5.0, trust_env=False)

@@ -17,6 +17,11 @@ from cluster.session import all_sessions
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_GRPC = "127.0.0.1:9000"
 
+# Best in the environment: arguments are there for all users of the machine to see.
+api_key_option = click.option(
+    "--api-key", envvar="CORRAL_API_KEY", default="", show_envvar=True, help="If one is needed."
+)
+
 
 @click.command()
 @click.option("--url", help=f"Over HTTP [default: the service of this machine, or {DEFAULT_URL}]")
@@ -26,6 +31,7 @@ DEFAULT_GRPC = "127.0.0.1:9000"
 @click.option("--max-tokens", type=click.IntRange(min=1))
 @click.option("--temperature", type=click.FloatRange(0, 2))
 @click.option("--seed", type=click.IntRange(min=0))
+@api_key_option
 def chat(
     url: str | None,
     address: str | None,
@@ -34,9 +40,10 @@ def chat(
     max_tokens: int | None,
     temperature: float | None,
     seed: int | None,
+    api_key: str,
 ) -> None:
     """Talk to a service. Ctrl-C ends the answer that is coming; Ctrl-D, or Ctrl-C at the prompt, ends the talk."""
-    client: ChatClient = GrpcClient(address) if address else HttpClient(url or _local()[0])
+    client: ChatClient = GrpcClient(address, api_key) if address else HttpClient(url or _local()[0], api_key)
     options = Options(model=model, max_tokens=max_tokens, temperature=temperature, seed=seed)
     console = Console(highlight=False)
     console.print(f"[dim]{client.name}[/dim]")
@@ -53,13 +60,19 @@ def chat(
 @click.option("--grpc", "address", help="gRPC address [default: the service of this machine]")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0, 2))
-def ask(question: str, url: str | None, address: str | None, max_tokens: int, temperature: float | None) -> None:
+@api_key_option
+def ask(
+    question: str, url: str | None, address: str | None, max_tokens: int, temperature: float | None, api_key: str
+) -> None:
     """Ask one question over HTTP, and again over gRPC."""
     local_url, local_grpc = _local()
     options = Options(max_tokens=max_tokens, temperature=temperature, seed=0)
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"[bold]question[/bold] {question}", markup=True)
-    clients: tuple[ChatClient, ...] = (HttpClient(url or local_url), GrpcClient(address or local_grpc))
+    clients: tuple[ChatClient, ...] = (
+        HttpClient(url or local_url, api_key),
+        GrpcClient(address or local_grpc, api_key),
+    )
     for client in clients:
         console.print(f"[bold]{client.name}[/bold]")
         say(client, [Message(role="user", content=question)], options, console)

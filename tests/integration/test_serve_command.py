@@ -1,5 +1,6 @@
 """`corral serve --detach`, `status`, `ask`, `chat`, `stop` as a person types them, amid the traces of other Rays."""
 
+import json
 import os
 import signal
 import socket
@@ -64,7 +65,10 @@ def test_a_service_from_start_to_stop(operator: Operator) -> None:
     assert session is not None and session.is_alive and len(family) > 5
 
     status = operator.types("status").stdout
-    assert f"http://127.0.0.1:{operator.http_port}" in status and status.rstrip().endswith("ready")
+    assert f"http://127.0.0.1:{operator.http_port}" in status and " ready\n" in status
+    assert "serving" in status and "attention, expert" in status and "first start" in status
+    figures = json.loads(operator.types("status", "--json").stdout)
+    assert figures["serving"] and len(figures["ranks"]) == 1
 
     asked = operator.types("ask", "--max-tokens", "5", "Hello?")
     assert asked.returncode == 0, asked.stderr
@@ -85,7 +89,7 @@ def test_a_service_from_start_to_stop(operator: Operator) -> None:
     assert "had to be killed" not in stopped.stdout
     assert not [process for process in family if process.is_alive]
     assert not Path(session.scratch).exists() and not operator.state.path.exists()
-    assert operator.types("status").stdout == "nothing is served\n"
+    assert operator.types("status").stdout.startswith("nothing is served here")
 
 
 def test_a_service_that_is_killed_can_be_cleaned_up(operator: Operator) -> None:

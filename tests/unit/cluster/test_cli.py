@@ -3,13 +3,14 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
 from actors.checkpoint.index import validate_checkpoint
-from actors.config import PipelineConfig
+from actors.config import IngressConfig, PipelineConfig
 from actors.errors import ConfigError, CorralError
 from cluster.cli import corral
 from cluster.commands import serve as serve_command
@@ -72,8 +73,9 @@ def test_make_model_writes_a_checkpoint_that_plan_reads(tmp_path: Path) -> None:
 
 def test_every_flag_of_serve_is_a_key_of_the_pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The flags arrive as the configuration says, with nothing lost on the way."""
-    served: list[tuple[PipelineConfig, ServicePorts, str]] = []
+    served: list[tuple[dict[str, Any], ServicePorts, str]] = []
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    (tmp_path / "keys").write_text("open sesame\n")
     monkeypatch.setattr(serve_command, "check_servable", lambda pipeline: None)
     monkeypatch.setattr(serve_command, "_serve_here", lambda state, *rest: served.append(rest))
     flags = ["--layout", "disaggregated", "--attention-ranks", "1", "--expert-ranks", "2", "--expert-replicas", "2",
@@ -82,11 +84,12 @@ def test_every_flag_of_serve_is_a_key_of_the_pipeline(monkeypatch: pytest.Monkey
              "--gpu-memory-utilization", "0.5", "--max-queued-requests", "7", "--load", "dummy",
              "--set", "page_tokens=32", "--set", "lease_s=9.5"]  # fmt: skip
     result = run("serve", "shape:tiny-scout", *flags, "--front", "proxy", "--port", "18431",
-                 "--grpc-port", "18432")  # fmt: skip
+                 "--grpc-port", "18432", "--api-keys-file", str(tmp_path / "keys"))  # fmt: skip
     assert result.exit_code == 0, (result.output, result.exception)
-    ((pipeline, ports, front),) = served
+    ((args, ports, front),) = served
+    assert IngressConfig.parse(args["ingress"]) == IngressConfig(api_keys_file=str(tmp_path / "keys"))
     assert front == "proxy" and (ports.host, ports.http, ports.grpc) == ("127.0.0.1", 18431, 18432)
-    assert pipeline == PipelineConfig(
+    assert PipelineConfig.parse(args["pipeline"]) == PipelineConfig(
         model="shape:tiny-scout", layout="disaggregated", attention_ranks=1, expert_ranks=2, expert_replicas=2,
         max_model_len=256, max_num_seqs=4, max_num_batched_tokens=64, dtype="bfloat16", served_model_name="m",
         device="cpu", kv_cache_bytes=1_000_000, threads_per_rank=1, gpu_memory_utilization=0.5, max_queued_requests=7,
@@ -104,7 +107,7 @@ def test_serve_refuses_a_wrong_configuration_before_anything_starts(
 
 def test_stop_and_status_without_a_service(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    assert run("status").output == "nothing is served\n"
+    assert run("status").output.startswith("nothing is served here")
     assert run("stop").output == "nothing is served\n"
     assert run("stop", "--port", "81").output == "nothing is served on port 81\n"
 

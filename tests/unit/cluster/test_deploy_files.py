@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ray._common.utils import import_attr
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
@@ -17,7 +18,8 @@ from cluster.hardware import parse_machines
 from cluster.layout import resolve
 
 ROOT = Path(__file__).parents[3]
-DEPLOY = sorted((ROOT / "deploy").glob("*.yaml"))
+NOT_FOR_SERVE = {"kuberay.yaml", "alerts.yaml"}  # they have tests of their own
+DEPLOY = sorted(path for path in (ROOT / "deploy").glob("*.yaml") if path.name not in NOT_FOR_SERVE)
 CLUSTER = sorted((ROOT / "cluster").glob("*.yaml"))
 SCOUT = shape_config(SHAPES["scout"])
 MAVERICK_FP8 = shape_config(SHAPES["maverick"], experts="fp8")
@@ -33,7 +35,9 @@ def _pipeline(name: str) -> PipelineConfig:
 
 
 def test_the_files_are_there() -> None:
-    assert {p.name for p in DEPLOY} == {"local.yaml", "scout.yaml", "maverick.yaml", "maverick-4xh200.yaml"}
+    assert {p.name for p in DEPLOY} == {
+        "local.yaml", "local-tls.yaml", "scout.yaml", "maverick.yaml", "maverick-4xh200.yaml",
+    }  # fmt: skip
     assert {p.name for p in CLUSTER} == {"local.yaml", "aws.yaml", "gcp.yaml"}
 
 
@@ -52,10 +56,11 @@ def test_deploy_files_fit_the_schemas(path: Path) -> None:
 @pytest.mark.parametrize("path", DEPLOY, ids=lambda p: p.name)
 def test_servicers_of_deploy_files_can_be_imported(path: Path) -> None:
     functions = _read(path)["grpc_options"]["grpc_servicer_functions"]
-    for function in functions:
-        module, _, name = function.rpartition(".")
-        assert callable(getattr(__import__(module, fromlist=[name]), name))
-    assert [function.rpartition(".")[2] for function in functions] == ["add_inference", "add_health"]
+    assert all(callable(import_attr(function)) for function in functions)
+    tls = [function for function in functions if function.startswith("actors.ingress.tls:")]
+    services = ["actors.ingress.servicers.add_inference", "actors.ingress.servicers.add_health"]
+    assert functions == tls + services  # what guards services comes before them
+    assert bool(tls) == ("ssl_certfile" in _read(path)["http_options"]) == (path.name == "local-tls.yaml")
 
 
 def test_an_unknown_key_of_a_pipeline_is_refused() -> None:
@@ -83,8 +88,9 @@ def test_deploy_files_fit_the_machines_that_they_name(
 def test_cluster_files_fit_the_autoscalers_schema(path: Path) -> None:
     config = prepare_config(_read(path))
     validate_config(config)
-    assert any("pip install" in command and command.endswith("~/corral") for command in config["setup_commands"])
-    assert any("node_env.sh" in command and ".bashrc" in command for command in config["setup_commands"])
+    for commands in (config["head_setup_commands"], config["worker_setup_commands"]):
+        assert any("pip install" in command and command.endswith("~/corral") for command in commands)
+        assert any("node_env.sh" in command and ".bashrc" in command for command in commands)
     (start,) = (command for command in config["head_start_ray_commands"] if "ray start" in command)
     assert "--autoscaling-config=~/ray_bootstrap_config.yaml" in start and "--disable-usage-stats" in start
     (start,) = (command for command in config["worker_start_ray_commands"] if "ray start" in command)

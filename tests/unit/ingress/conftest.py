@@ -102,7 +102,7 @@ def serve(card: ModelCard, tokenizer: TextTokenizer) -> Serve:
             return endpoints[0]
 
         config = IngressConfig.parse(dict(limits))
-        client = RouterClient(discover, beat_s=0.05, grace_s=0.05)
+        client = RouterClient(discover, beat_s=0.05, grace_s=0.05, patience_s=0.2)
         checker = AskChecker(card, SamplingDefaults(), config)
         ingress = Ingress(card, tokenizer, client, checker, config, sink)
         server = uvicorn.Server(uvicorn.Config(build_app(ingress), port=0, log_level="error", lifespan="on"))
