@@ -10,7 +10,7 @@ from ray._common.utils import import_attr
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
-from actors.checkpoint.config import ModelConfig
+from actors.checkpoint.config import ModelConfig, read_model_config
 from actors.checkpoint.shapes import SHAPES, shape_config
 from actors.config import IngressConfig, PipelineConfig
 from actors.errors import ConfigError
@@ -72,7 +72,7 @@ def test_an_unknown_key_of_a_pipeline_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "model", "machines", "layout"),
     [
-        ("local.yaml", shape_config(SHAPES["tiny"]), "cpu", "1A+1E"),
+        ("local.yaml", read_model_config(ROOT / "deploy" / "demo-model"), "cpu", "1A+1E"),
         ("scout.yaml", SCOUT, "2xH200", "colocated 2"),
         ("maverick.yaml", MAVERICK_FP8, "2x8xH200", "4A+12E"),
         ("maverick-4xh200.yaml", MAVERICK_FP8, "4xH200", "colocated 4"),

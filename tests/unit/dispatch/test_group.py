@@ -111,3 +111,23 @@ def test_who_notices_a_loss_leaves_so_that_others_notice_too(pair: tuple[EpochGr
 def test_epochs_are_tried_once(pair: tuple[EpochGroup, EpochGroup]) -> None:
     with pytest.raises(RankError, match="epoch 1 is over; the last was 1"):
         pair[0].join(1, 0, 2, 1.0)
+
+
+@pytest.mark.parametrize("num_bytes", [16, 1_000_000])
+def test_a_rank_that_waits_for_a_silent_peer_can_be_told_to_stop(
+    pair: tuple[EpochGroup, EpochGroup], num_bytes: int
+) -> None:
+    """From another thread, long before the timeout; the peer lives and sends nothing."""
+    arriving = pair[0].post((), [(1, torch.zeros(num_bytes, dtype=torch.uint8))], 0)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(arriving.wait)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.2)
+        start_s = time.monotonic()
+        pair[0].interrupt()
+        with pytest.raises(RankError):
+            waiting.result(AT_ONCE_S)
+    assert time.monotonic() - start_s < AT_ONCE_S
+    with pytest.raises(RankError, match="in no group"):
+        pair[0].post((), [(1, torch.zeros(1))], 0)
+    pair[0].interrupt()  # a group that is gone: nothing to do
