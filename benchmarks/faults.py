@@ -21,7 +21,7 @@ from typing import Any
 
 import grpc
 
-from benchmarks import report
+from benchmarks import plot, report
 from benchmarks.served import Served
 from benchmarks.workload import Item
 from protos import inference_pb2, inference_pb2_grpc
@@ -150,12 +150,31 @@ def judge(answers: Sequence[Answer], expected: dict[int, list[int]]) -> dict[str
     }  # fmt: skip
 
 
+@dataclass(slots=True)
+class Film:
+    """When tokens came and faults struck, over everything that was measured."""
+
+    token_s: list[float] = field(default_factory=list)
+    marks: list[tuple[float, str]] = field(default_factory=list)
+    offset_s: float = 0.0
+
+    def add(self, answers: Sequence[Answer], marks: Sequence[tuple[float, str]]) -> None:
+        """Puts a stretch of time behind those before it."""
+        times = [time_s for answer in answers for time_s in answer.token_s]
+        shift_s = self.offset_s - min(times)
+        self.token_s += [time_s + shift_s for time_s in times]
+        self.marks += [(time_s + shift_s, label) for time_s, label in marks]
+        self.offset_s = max(self.token_s)
+
+
 def strike(
     served: Served,
     expected: dict[int, list[int]],
     items: Sequence[Item],
     hurt: Callable[[], Any],
     counts: dict[str, int],
+    film: Film,
+    name: str,
 ) -> dict[str, Any]:
     """One fault under load. `counts` are the processes by title of a whole pipeline."""
     load = Load(served.grpc, items)
@@ -166,6 +185,7 @@ def strike(
     whole_s = wait_whole(served, counts, struck_s)
     time.sleep(QUIET_S / 2)
     answers = load.stop()
+    film.add(answers, [(struck_s, name.replace(" rank", ""))])
     usual = [gap for a in answers for gap in a.gaps(struck_s - QUIET_S / 2, struck_s)]
     usual_s = statistics.quantiles(usual, n=100)[98]
     touched = [a for a in answers if a.sent_s < struck_s < (a.token_s[-1] if a.token_s else 0.0)]
@@ -202,7 +222,7 @@ def faults(replicas: int) -> dict[str, tuple[str, signal.Signals]]:
     }
 
 
-def measure(model: str) -> dict[str, Any]:
+def measure(model: str, film: Film) -> dict[str, Any]:
     results: dict[str, Any] = {}
     items = workload()
     counts = {EXPERT: 3, ATTENTION: 2, ROUTER: 1}
@@ -210,15 +230,24 @@ def measure(model: str) -> dict[str, Any]:
         with Served(model, [*FLAGS, "--expert-replicas", str(replicas), "--set", f"expert_slots={slots}"]) as served:
             expected = reference(served.grpc, items)
             for name, (title, how) in faults(replicas).items():
-                results[name] = strike(served, expected, items, lambda t=title, h=how: served.hurt(t, h), counts)  # type: ignore[misc]
+                results[name] = strike(
+                    served,
+                    expected,
+                    items,
+                    lambda t=title, h=how: served.hurt(t, h),
+                    counts,
+                    film,
+                    name,  # type: ignore[misc]
+                )
                 print(json.dumps({name: results[name]}), flush=True)
     return results
 
 
-def soak(model: str, seconds: float, seed: int) -> dict[str, Any]:
+def soak(model: str, seconds: float, seed: int, film: Film) -> dict[str, Any]:
     """A random fault every 3 s."""
     rng, items = random.Random(seed), workload()
     struck: dict[str, int] = {}
+    marks: list[tuple[float, str]] = []
     with Served(model, [*FLAGS, "--expert-replicas", "2", "--set", "expert_slots=6"]) as served:
         expected = reference(served.grpc, items)
         load = Load(served.grpc, items)
@@ -232,8 +261,10 @@ def soak(model: str, seconds: float, seed: int) -> dict[str, Any]:
                 served.hurt(title, how)
                 name = f"{title.rpartition(':')[2]} {how.name}"
                 struck[name] = struck.get(name, 0) + 1
+                marks.append((time.monotonic(), ""))
         wait_whole(served, {EXPERT: 3, ATTENTION: 2, ROUTER: 1}, time.monotonic())
         answers = load.stop()
+    film.add(answers, marks)
     return {**judge(answers, expected), "seconds": seconds, "faults": struck}
 
 
@@ -253,8 +284,8 @@ def render(results: dict[str, Any]) -> str:
         ]
         for name, r in results.items()
     ]  # fmt: skip
-    header = ["fault", "requests", "failed", "compared", "other tokens", "streams struck", "usual gap p99 ms", "added stall p50 ms",
-              "added stall p99 ms", "target s", "whole again s"]  # fmt: skip
+    header = ["fault", "requests", "failed", "compared", "other tokens", "streams struck", "usual gap p99 ms",
+              "added stall p50 ms", "added stall p99 ms", "target s", "whole again s"]  # fmt: skip
     return report.table(header, rows)
 
 
@@ -268,13 +299,18 @@ def main() -> None:
     text += (
         f"\n2 attention and 3 expert ranks, {STREAMS} streams over gRPC, `{args.model}`, half greedy, half seeded.\n\n"
     )
+    film = Film()
     if args.soak:
-        values = soak(args.model, args.soak, args.seed)
+        values = soak(args.model, args.soak, args.seed, film)
         print(json.dumps(values, indent=2))
-        report.write("faults-soak", text + f"```\n{json.dumps(values, indent=2)}\n```", values)
+        text += f"```\n{json.dumps(values, indent=2)}\n```\n\n![tokens per second](faults-soak.svg)\n"
+        report.write("faults-soak", text, values)
+        report.picture("faults-soak", plot.rate_over_time(film.token_s, film.marks, "tokens/s", bucket_s=1.0))
         return
-    results = measure(args.model)
-    report.write("faults", text + render(results), results)
+    results = measure(args.model, film)
+    text += render(results) + "\n\n![tokens per second while faults strike](faults.svg)\n"
+    report.write("faults", text, results)
+    report.picture("faults", plot.rate_over_time(film.token_s, film.marks, "tokens/s"))
     print(render(results))
 
 

@@ -62,3 +62,8 @@ def write(name: str, markdown: str, values: dict[str, Any] | None = None) -> Non
     (RESULTS / f"{name}.md").write_text(markdown.rstrip() + "\n")
     if values is not None:
         (RESULTS / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n")
+
+
+def picture(name: str, svg: str) -> None:
+    """Writes results/NAME.svg."""
+    (RESULTS / f"{name}.svg").write_text(svg)

@@ -170,8 +170,10 @@ def rebalance(directory: Path, expert_ranks: int, expert_slots: int) -> dict[str
     """A skewed model: before, then rebalanced while it serves, then after."""
     frozen = {"rebalance": False}
     eager = ScalingConfig(rebalance_interval_s=2.0, rebalance_gain=0.05)
-    with Engine(directory, layout="disaggregated", attention_ranks=1, expert_ranks=expert_ranks,
-                expert_slots=expert_slots, threads_per_rank=1, max_model_len=1024, scaling=frozen) as engine:  # fmt: skip
+    with Engine(
+        directory, layout="disaggregated", attention_ranks=1, expert_ranks=expert_ranks, expert_slots=expert_slots,
+        threads_per_rank=1, max_model_len=1024, scaling=frozen,
+    ) as engine:  # fmt: skip
         items = workload()
         expected = stable_reference(engine, items)
         parts: dict[str, Done] = {}

@@ -1,4 +1,4 @@
-"""How a pipeline's membership changes, as a pure state machine: first start, growth, balance, and recovery after a loss.
+"""How a pipeline's membership changes, as a pure state machine: first start, growth, balance, recovery after a loss.
 
 Owns which ranks live, what they hold, the epoch that serves and the one change that is on its way. Knows nothing of
 sockets, processes or requests: the router tells it what happened and carries out the actions that it returns. Time is
@@ -6,8 +6,8 @@ passed in, in seconds.
 
 A change goes through its phases in order, each begun when all its ranks have answered the one before: start the ranks
 that are new, load what differs, prepare, finish the steps in flight, join. Up to the join the old epoch serves on, and
-a change that fails leaves it so. A lost member of the epoch that serves ends that epoch and any change: the planner says
-who can serve soonest, and the same phases bring them up again.
+a change that fails leaves it so. A lost member of the epoch that serves ends that epoch and any change: the planner
+says who can serve soonest, and the same phases bring them up again.
 """
 
 from collections import Counter, deque
@@ -170,7 +170,7 @@ class EpochMachine:
         self._next_rank = 0
         self._number = 0  # of the latest epoch that was tried
         self._last: Epoch | None = None  # the epoch that serves, or served last
-        self._kept: set[int] = set()  # attention ranks that still have the requests of `_last`
+        self._kept: set[int] = set()  # attention ranks that have the requests of `_last`, as far as they live
         self._change: _Change | None = None
         self._retry_at_s = float("inf")
         self._retry_s = RETRY_FIRST_S
@@ -282,7 +282,6 @@ class EpochMachine:
         """A rank is gone: its process ended, or the router gave it up (and kills it)."""
         if self._members.pop(rank, None) is None:
             return []
-        self._kept.discard(rank)
         problem = f"rank {rank} was lost: {cause}"
         if rank in self._finding:
             self._finding.discard(rank)
@@ -536,7 +535,6 @@ class EpochMachine:
             if rank in self._members:
                 actions += [Kill(rank)]
                 del self._members[rank]
-                self._kept.discard(rank)
         return actions
 
     def _record(self, change: _Change, problem: str, now_s: float) -> None:

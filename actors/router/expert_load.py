@@ -1,7 +1,7 @@
 """How many tokens went to each expert lately.
 
-Owns the forgetting: figures halve every HALF_LIFE_S, so that balance follows the load and not its history. Knows nothing
-of slots or ranks.
+Owns the forgetting: figures halve every HALF_LIFE_S, so that balance follows the load and not its history. Knows
+nothing of slots or ranks.
 """
 
 from collections.abc import Mapping, Sequence

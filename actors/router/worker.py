@@ -1,7 +1,7 @@
 """The router's thread and its sockets.
 
-Owns the channels to ingresses and ranks and the loop that feeds the core: receive, then turn. What is done with a message
-is `core.py`'s. Never imports ray: processes come from a `Fleet`.
+Owns the channels to ingresses and ranks and the loop that feeds the core: receive, then turn. What is done with a
+message is `core.py`'s. Never imports ray: processes come from a `Fleet`.
 """
 
 import logging

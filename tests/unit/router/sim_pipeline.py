@@ -275,6 +275,11 @@ class SimIngress:
                 if client.ended:
                     del self.open[event.request_id]
 
+    def lose_connection(self) -> None:
+        """The channel breaks, and both ends live: the router has news under way that nobody will read."""
+        self.pipeline.ingresses.pop(self.identity, None)
+        self.router, self.takes_requests, self._lost_s = None, False, self.world.now_s
+
     def die(self) -> None:
         self.alive = False
         for client in self.open.values():

@@ -451,15 +451,17 @@ class Cluster:
         """Every expert that the epoch's routing table names is really there, and sound."""
         assert epoch is not None
         for layer in self.moe_layers:
-            holders: dict[int, int] = {}
+            holders: dict[int, set[bool]] = {}  # of each expert, whether its weights are broken
             for spec in epoch.ranks:
                 for slot, expert in enumerate(spec.slots.get(layer, ())):
                     if expert != EMPTY_SLOT:
-                        holders[expert] = holders.get(expert, 0) + 1
                         process = self.ranks.get(spec.rank)
+                        kinds = holders.setdefault(expert, set())
                         if process is not None:
+                            kinds.add((layer, slot) in process.corrupt)
                             assert process._filled_with(layer, slot) == expert, "a slot without its weights serves"
             assert sorted(holders) == list(range(self.num_experts)), "an expert has no holder"
+            assert all(len(kinds) <= 1 for kinds in holders.values()), "replicas that differ serve"
 
     def some_expert_tokens(self, num_tokens: int) -> dict[int, tuple[int, ...]]:
         if not self.world.chance(0.1):

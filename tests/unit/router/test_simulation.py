@@ -26,7 +26,8 @@ def faults_of(p: Pipeline) -> list[tuple[float, Callable[[Pipeline], None]]]:
     """What goes wrong, when. Each heals by itself, in the end."""
     kinds = (
         kill_a_rank, kill_a_rank, kill_two_ranks, stop_a_rank, stop_and_continue, slow_a_rank, cut_a_rank, kill_router,
-        kill_ingress, scale_experts, scale_attention, skew_the_load, fail_loads, corrupt_loads, fail_starts,
+        kill_ingress, lose_connection, scale_experts, scale_attention, skew_the_load, fail_loads, corrupt_loads,
+        fail_starts,
     )  # fmt: skip
     return [(p.rng.uniform(0.0, FAULTS_S), p.rng.choice(kinds)) for _ in range(p.rng.randint(0, 7))]
 
@@ -87,6 +88,10 @@ def kill_ingress(p: Pipeline) -> None:
     alive = [front for front in p.fronts if front.alive]
     if len(alive) > 1:
         p.rng.choice(alive).die()
+
+
+def lose_connection(p: Pipeline) -> None:
+    p.rng.choice([front for front in p.fronts if front.alive]).lose_connection()
 
 
 def scale_experts(p: Pipeline) -> None:
