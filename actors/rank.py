@@ -235,9 +235,9 @@ class Rank:
         began_s = time.perf_counter()
         try:
             tokens = self._run(plan)
-        except RankError:
+        except RankError as e:
             self.leave()
-            raise
+            raise RankError(_number(epoch, e.rank, self.rank), e.problem) from e
         if plan.rank_plan is None:
             return None
         return StepResult(
@@ -276,3 +276,8 @@ class Rank:
             return {}
         self._next_report_s = now_s + EXPERT_REPORT_S
         return attention.take_expert_tokens()
+
+
+def _number(epoch: Epoch, position: int, unknown: int) -> int:
+    """The number of the rank at a position of the group; `unknown` where the group could not tell which it was."""
+    return epoch.ranks[position].rank if 0 <= position < len(epoch.ranks) else unknown

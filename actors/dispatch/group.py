@@ -5,7 +5,6 @@ timeout. Never touches torch's default group, so groups may follow one another i
 sent. Ranks are positions in the epoch's list of members.
 """
 
-import logging
 import os
 import socket
 import traceback
@@ -19,8 +18,6 @@ from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, St
 
 from actors.dispatch.transport import UNKNOWN_RANK, GlooTransport, Message, NcclTransport, Posted, Transport
 from actors.errors import RankError
-
-log = logging.getLogger("corral.dispatch")
 
 STORE_TIMEOUT_S = 30.0
 BACKLOG = 1024  # ranks that connect at once
@@ -197,8 +194,7 @@ class EpochGroup:
         """Ends the group, so that peers that wait for this rank learn of it without a timeout of their own."""
         traceback.clear_frames(error.__traceback__)  # their locals hold works, and so the sockets
         self.leave()
-        log.warning("rank %d lost rank %d in epoch %d: %s", self.rank, peer, self.epoch, _first_line(error))
-        return RankError(peer, f"lost in epoch {self.epoch} as seen by rank {self.rank}: {_first_line(error)}")
+        return RankError(peer, f"lost in epoch {self.epoch}: {_first_line(error)}")
 
     def _form(self, store: Store, rank: int, world: int, join_s: float, operation_s: float) -> Transport:
         if self._device.type == "cuda":
@@ -213,4 +209,5 @@ class EpochGroup:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0][:300]
+    """What happened, without gloo's advice on what it may mean."""
+    return str(error).partition("\n")[0].partition(". This is typically")[0][:300]

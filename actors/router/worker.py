@@ -77,6 +77,9 @@ class _Channels:
     def think(self, work: Callable[[], Proposal | None]) -> None:
         self._thinker.submit(work).add_done_callback(lambda done: self.thoughts.put(done.result()))
 
+    def stop(self) -> None:
+        self._thinker.shutdown(wait=False, cancel_futures=True)
+
     def of_ranks(self) -> list[zmq.Socket[Any]]:
         return [*self._steps.values(), *self._control.values()]
 
@@ -113,6 +116,7 @@ class Router:
         """Ends the thread and closes the sockets; open requests are told UNAVAILABLE first."""
         self._stopping.set()
         self._thread.join(timeout=10)
+        self._channels.stop()
         self._context.destroy(linger=0)
 
     @property
