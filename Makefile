@@ -1,4 +1,4 @@
-# make serve   install what is missing, serve a tiny model on this machine, and ask it a question over HTTP and gRPC
+# make serve   install what is missing, serve a tiny model on this machine, and ask it three questions over HTTP and gRPC
 # make stop    end that service
 # make test    every test that needs neither GPUs nor root
 #
@@ -31,7 +31,7 @@ SERVE_FLAGS ?= --layout disaggregated
 
 serve: $(RUNTIME)
 	$(BIN)/corral serve --detach $(SERVE_FLAGS)
-	$(BIN)/corral ask "What is the capital of France?" --max-tokens 32
+	$(BIN)/corral ask
 
 stop:
 	$(BIN)/corral stop

@@ -148,7 +148,10 @@ def assess(split: Split, pipeline: PipelineConfig, footprint: Footprint, machine
         return _impossible(split, f"{split.expert_ranks} expert ranks for {model.num_experts} experts")
     if not machines.is_cpu and split.num_ranks > machines.count:
         return _impossible(split, f"needs {split.num_ranks} GPUs, there are {machines.count}")
-    if pipeline.expert_slots and pipeline.expert_slots * split.expert_ranks < model.num_experts * pipeline.expert_replicas:
+    if (
+        pipeline.expert_slots
+        and pipeline.expert_slots * split.expert_ranks < model.num_experts * pipeline.expert_replicas
+    ):
         room = f"{split.expert_ranks} ranks of {pipeline.expert_slots} expert_slots"
         return _impossible(split, f"{room} cannot hold {pipeline.expert_replicas} x {model.num_experts} experts")
     specs = rank_specs(split, model, pipeline.expert_replicas, pipeline.expert_slots)

@@ -1,4 +1,4 @@
-"""`corral chat` and `corral ask`: a conversation in the terminal, and one question over both wires.
+"""`corral chat` and `corral ask`: a conversation in the terminal, and questions over both wires.
 
 Owns what a person sees. The wires are `clients.py`'s.
 """
@@ -16,6 +16,13 @@ from cluster.session import all_sessions
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_GRPC = "127.0.0.1:9000"
+
+# What the demonstration model has learnt: a fact, a calculation, a story.
+QUESTIONS = (
+    "How many experts does Llama 4 Maverick have?",
+    "What date is 20 days after 15 March?",
+    "Tell me a short story about a horse.",
+)
 
 # Best in the environment: arguments are there for all users of the machine to see.
 api_key_option = click.option(
@@ -55,27 +62,34 @@ def chat(
 
 
 @click.command()
-@click.argument("question", default="What is the capital of France?")
+@click.argument("questions", nargs=-1)
 @click.option("--url", help="HTTP address [default: the service of this machine]")
 @click.option("--grpc", "address", help="gRPC address [default: the service of this machine]")
-@click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0, 2))
 @api_key_option
 def ask(
-    question: str, url: str | None, address: str | None, max_tokens: int, temperature: float | None, api_key: str
+    questions: tuple[str, ...],
+    url: str | None,
+    address: str | None,
+    max_tokens: int,
+    temperature: float | None,
+    api_key: str,
 ) -> None:
-    """Ask one question over HTTP, and again over gRPC."""
+    """Ask QUESTIONS over HTTP, and each again over gRPC. None stated: three that the demonstration model knows."""
     local_url, local_grpc = _local()
     options = Options(max_tokens=max_tokens, temperature=temperature, seed=0)
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"[bold]question[/bold] {question}", markup=True)
     clients: tuple[ChatClient, ...] = (
         HttpClient(url or local_url, api_key),
         GrpcClient(address or local_grpc, api_key),
     )
-    for client in clients:
-        console.print(f"[bold]{client.name}[/bold]")
-        say(client, [Message(role="user", content=question)], options, console)
+    for question in questions or QUESTIONS:
+        console.print("[bold]question[/bold]", end=" ")
+        console.print(question, markup=False)
+        for client in clients:
+            console.print(f"[bold]{client.name}[/bold]")
+            say(client, [Message(role="user", content=question)], options, console)
 
 
 def say(client: ChatClient, messages: Sequence[Message], options: Options, console: Console) -> tuple[str, int]:

@@ -1,0 +1,1 @@
+"""The demonstration model of deploy/demo-model: its data, its training, its scores."""
