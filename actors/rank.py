@@ -95,7 +95,7 @@ class Rank:
         """
         held = self._held
         if held is None or held.pipeline != pipeline or held.spec.roles != spec.roles:
-            if self._epoch is not None:
+            if self._epoch is not None and self._epoch.epoch > self._last_over:
                 raise RankError(self.rank, "cannot become another rank while it serves")
             self._held = None  # before its successor takes the memory
             self._held = self._load_all(spec, pipeline, sources, report)

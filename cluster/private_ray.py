@@ -48,8 +48,7 @@ class ServicePorts:
 
 def apply_environment(environment: MutableMapping[str, str], scratch: Path, front: Front, token_file: Path) -> None:
     """Sets what a private Ray needs, and writes its token (mode 0600). Children inherit it."""
-    for name in _FOREIGN:
-        environment.pop(name, None)
+    forget_foreign(environment)
     token_file.touch(mode=0o600)
     token_file.write_text(secrets.token_hex(32))
     stats, metrics, fallback_http, fallback_grpc = free_ports(4)
@@ -86,6 +85,12 @@ def apply_environment(environment: MutableMapping[str, str], scratch: Path, fron
             "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(replicas + 2 * _REPLICA_PORTS),
         }
     )
+
+
+def forget_foreign(environment: MutableMapping[str, str]) -> None:
+    """Removes what would tie this process, or one that it starts, to somebody else's Ray."""
+    for name in _FOREIGN:
+        environment.pop(name, None)
 
 
 def check_port(host: str, port: int, flag: str) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 from rich import box
@@ -16,6 +16,7 @@ from rich.table import Table
 
 from actors.types import EMPTY_SLOT
 from cluster.commands.serve import health_of
+from cluster.private_ray import forget_foreign
 from cluster.session import Session, all_sessions
 
 HOTTEST = 5  # experts that are named, per layer
@@ -28,9 +29,8 @@ HOTTEST = 5  # experts that are named, per layer
 def status(address: str | None, application: str, as_json: bool) -> None:
     """Show epoch, ranks, slots, load and the last changes of a pipeline.
 
-    Without --address: of each service of `corral serve` on this machine, or of the cluster that RAY_ADDRESS names.
+    Without --address: of each service of `corral serve` on this machine.
     """
-    address = address or os.environ.get("RAY_ADDRESS")
     if address:
         _show(_snapshot(address, application), as_json)
         return
@@ -47,6 +47,7 @@ def _show_session(session: Session, application: str, as_json: bool) -> None:
         f"{session.http_url}  gRPC {session.grpc_address}  process {session.pid}  {state}", err=as_json
     )  # the figures alone are for programs
     if session.is_alive and session.ray_address:
+        forget_foreign(os.environ)
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(Path(session.scratch) / "token")}
         _show(_snapshot(session.ray_address, application), as_json)
 
@@ -86,9 +87,8 @@ def ranks_table(snapshot: dict[str, Any]) -> Table:
     """A line per rank: its slots, and its share of the tokens that experts got lately."""
     table = Table(box=box.SIMPLE, title="ranks", title_justify="left")
     for column in ("rank", "roles", "address", "slots per layer", "filled", "share of expert tokens"):
-        table.add_column(
-            column, justify="right" if column in ("rank", "filled") else "left", no_wrap=column == "address"
-        )
+        justify: Literal["left", "right"] = "right" if column in ("rank", "filled") else "left"
+        table.add_column(column, justify=justify, no_wrap=column in ("roles", "address"))
     loads = rank_loads(snapshot)
     total = sum(loads.values())
     for entry in snapshot.get("ranks", ()):
