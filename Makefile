@@ -42,9 +42,9 @@ test: $(DEV) $(if $(shell command -v npm),$(NODE))
 test-fast: $(DEV)
 	$(BIN)/python -m pytest tests/unit $(PYTEST_FLAGS)
 
-# Brings up cluster/local.yaml for real, in namespaces of its own. Needs root, sshd, rsync, and some minutes.
+# Brings up cluster/local.yaml for real, on hosts that are namespaces. Needs root, sshd, rsync, and three to five minutes.
 test-cluster: $(DEV)
-	$(BIN)/python -m pytest -m cluster tests/cluster $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m cluster tests/cluster -s $(PYTEST_FLAGS)
 
 check: $(DEV) $(GENERATOR)
 	$(BIN)/ruff format --check .

@@ -20,6 +20,10 @@ export RAY_health_check_period_ms=1000
 export RAY_health_check_timeout_ms=2000
 export RAY_health_check_failure_threshold=3
 
+# A node that has lost its head ends after this long instead of a minute. `ray down` counts on it: where hosts are your
+# own, it stops Ray on the head only.
+export RAY_gcs_rpc_server_reconnect_timeout_s=10
+
 # Ray makes its workers nice by default; here they are what the node is for.
 export RAY_worker_niceness=0
 

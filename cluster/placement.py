@@ -4,6 +4,7 @@ Owns names, resources and death watches. Knows nothing of epochs or requests. Ea
 its own, so a cluster that has none free is a reason for Ray's autoscaler to bring a node.
 """
 
+import asyncio
 import logging
 import queue
 from collections.abc import Sequence
@@ -42,11 +43,15 @@ def read_snapshot(address: str, application: str) -> dict[str, Any]:
 
     Raises UnavailableError where no such Ray or application answers.
     """
+
+    async def ask() -> dict[str, Any]:  # in a loop: Serve may be told to use its caller's (see node_env.sh)
+        handle = serve.get_deployment_handle("Router", app_name=application)
+        snapshot: dict[str, Any] = await asyncio.wait_for(handle.snapshot.remote(), SNAPSHOT_TIMEOUT_S)
+        return snapshot
+
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-        handle = serve.get_deployment_handle("Router", app_name=application)
-        snapshot: dict[str, Any] = handle.snapshot.remote().result(timeout_s=SNAPSHOT_TIMEOUT_S)
-        return snapshot
+        return asyncio.run(ask())
     except (ConnectionError, RayError, RayServeException, TimeoutError, ValueError) as e:
         raise UnavailableError(f"{application} at {address}: {e}") from e
     finally:

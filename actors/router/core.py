@@ -241,14 +241,14 @@ class RouterCore:
                 case Tell(rank=rank, message=message):
                     self._outside.to_rank(rank, message)
                 case Suspend(problem=problem):
-                    self._suspend(problem, now_s)
+                    self._suspend(problem)
                 case BeginServing():
                     self._begin_serving(action, now_s)
 
-    def _suspend(self, problem: str, now_s: float) -> None:
+    def _suspend(self, problem: str) -> None:
         log.warning("the epoch is over: %s", problem)
         self.metrics.epochs_lost += 1
-        self._epoch, self._down_since_s = None, now_s
+        self._epoch = None
         self._tell_ingresses()
 
     def _begin_serving(self, action: BeginServing, now_s: float) -> None:
@@ -286,7 +286,9 @@ class RouterCore:
         if now_s >= self._next_observation_s:
             self._observe(now_s)
             self._next_observation_s = now_s + OBSERVE_S
-        if not self._machine.serving and now_s - self._down_since_s > self._pipeline.recovery_timeout_s:
+        if self._machine.serving:
+            self._down_since_s = now_s
+        elif now_s - self._down_since_s > self._pipeline.recovery_timeout_s:
             self._give_up(now_s)
 
     def _end_late_step(self, now_s: float) -> None:

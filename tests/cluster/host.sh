@@ -1,63 +1,42 @@
 #!/usr/bin/env bash
-# Runs a command on a "host" of its own: network, process, mount and name spaces with an sshd, a private home of root,
-# /tmp and /dev/shm. What `ray up` and `ray stop` do there reaches nobody else. All of it ends with the command.
+# The first process of a host that hosts.py makes: a home of root, /tmp, /dev/shm and /run of its own, then sshd.
+# It is called in new network, process, mount and name spaces, and whatever it starts ends with it.
 #
-#   host.sh FOLDER KEEP[:KEEP…] COMMAND…
+#   host.sh FOLDER SHARED KEEP[:KEEP…]
 #
-# FOLDER holds the host's files; each KEEP is a folder (a Python, a virtual environment) that stays visible though it
-# lies under root's home or /tmp.
+# FOLDER holds the host's files, and its last part is the host's name; SHARED appears under /mnt, read-only; each KEEP
+# is a folder (a Python, a virtual environment) that stays visible though it lies under root's home or /tmp.
 set -euo pipefail
-folder=$1 keep=$2
-shift 2
+folder=$1 shared=$2 keep=$3
 
-prepare() { # once, outside the namespaces
-  mkdir -p "$folder"/{root/.ssh,tmp,etc}
-  [ -f "$folder/etc/hostkey" ] || ssh-keygen -q -t ed25519 -N '' -f "$folder/etc/hostkey"
-  [ -f "$folder/root/.ssh/id_ed25519" ] || ssh-keygen -q -t ed25519 -N '' -f "$folder/root/.ssh/id_ed25519"
-  chmod 700 "$folder/root/.ssh"
-  chmod 1777 "$folder/tmp"
-  cat >"$folder/etc/sshd_config" <<CONFIG
-ListenAddress 127.0.0.1
-Port 22
-HostKey $folder/etc/hostkey
-AuthorizedKeysFile $folder/root/.ssh/id_ed25519.pub
-StrictModes no
-PasswordAuthentication no
-PermitRootLogin prohibit-password
-UsePAM no
-PidFile none
-Subsystem sftp internal-sftp
-CONFIG
-}
+hostname "$(basename "$folder")"
+ip link set lo up
+mount --make-rprivate /
 
-enter() { # inside
-  hostname corral-test
-  ip link set lo up
-  mount --make-rprivate /
-  local path target
-  IFS=: read -ra paths <<<"$keep"
-  for path in "${paths[@]}"; do
-    case $path in
-    /root/*) target=$folder/root/${path#/root/} ;;
-    /tmp/*) target=$folder/tmp/${path#/tmp/} ;;
-    *) continue ;;
-    esac
-    mkdir -p "$target"
-    mount --bind "$path" "$target"
-  done
-  mount -t proc proc /proc
-  mount -t tmpfs tmpfs /dev/shm
-  mkdir -p /run/sshd
-  mount --rbind "$folder/tmp" /tmp
-  mount --rbind "$folder/root" /root
-  export HOME=/root
-  /usr/sbin/sshd -f "$folder/etc/sshd_config"
-  "$@"
-}
+IFS=: read -ra paths <<<"$keep"
+for path in "${paths[@]}"; do
+  case $path in
+  /root/*) target=$folder/root/${path#/root/} ;;
+  /tmp/*) target=$folder/tmp/${path#/tmp/} ;;
+  *) continue ;;
+  esac
+  mkdir -p "$target"
+  mount --bind "$path" "$target"
+done
 
-if [ "${CORRAL_HOST_INSIDE:-}" ]; then
-  enter "$@"
-else
-  prepare
-  CORRAL_HOST_INSIDE=1 exec unshare --net --pid --fork --mount --uts --ipc --kill-child "$0" "$folder" "$keep" "$@"
-fi
+mount --bind "$folder/etc/hosts" /etc/hosts
+names=$(readlink -m /etc/resolv.conf)
+mount -t tmpfs tmpfs /run
+mkdir -p /run/sshd "$(dirname "$names")"
+[ -e "$names" ] || touch "$names"
+mount --bind "$folder/etc/resolv.conf" "$names"
+
+mount -t proc proc /proc
+mount -t tmpfs tmpfs /dev/shm
+mount --bind -o ro "$shared" /mnt
+cd "$folder" # by relative names, as a folder under /tmp or /root would be out of sight half-way
+mount --no-canonicalize --rbind ./tmp /tmp
+mount --no-canonicalize --rbind ./root /root
+cd /
+exec env -i HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+  /usr/sbin/sshd -D -e -f /root/.ssh/sshd_config

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +186,23 @@ def test_the_router_with_the_highest_term_is_obeyed(
     assert new.hear() == Alive(rank=4)
     for router in (old, stale, new):
         router.close()
+
+
+def test_the_next_router_may_want_another_pipeline(
+    rank: tuple[RankEndpoints, threading.Thread, RankLoop], pipeline: PipelineConfig
+) -> None:
+    """The application was deployed again with other keys: the epoch of the router before is no reason to refuse."""
+    old, new = Router(rank[0], b"old"), Router(rank[0], b"new")
+    old.tell(Attach(term=1))
+    old.hear()
+    bring_up(old, pipeline, 10, fresh=True)
+    new.tell(Attach(term=2))
+    new.hear()
+    bring_up(new, replace(pipeline, kv_cache_bytes=4 << 20), 11, fresh=True)
+    new.tell(step(11, 1, first=True))
+    assert isinstance(new.hear("steps"), StepResult)
+    old.close()
+    new.close()
 
 
 def test_beats_are_answered_while_it_loads_and_a_bad_load_harms_nothing(

@@ -11,8 +11,9 @@ from ray.autoscaler._private.local import config as local_config
 from ray.autoscaler._private.util import prepare_config
 from ray.autoscaler.tags import TAG_RAY_NODE_KIND, TAG_RAY_USER_NODE_TYPE
 
+from actors.errors import UnavailableError
 from cluster import own_hosts
-from cluster.own_hosts import NoHostError, OwnHosts
+from cluster.own_hosts import OwnHosts
 
 HEAD, WORKERS = "10.0.0.1", ["10.0.0.2", "10.0.0.3", "10.0.0.4"]
 CONFIG = {"type": "external", "head_ip": HEAD, "worker_ips": WORKERS}
@@ -75,7 +76,7 @@ def test_a_host_out_of_service_is_not_started_until_it_is_back(on_head: OwnHosts
     note.write_text(f"{WORKERS[0]}\n{WORKERS[2]}\n")
     on_head.create_node({}, WORKER_TAGS, 1)
     assert workers(on_head) == [WORKERS[1]]
-    with pytest.raises(NoHostError, match="0 are free"):
+    with pytest.raises(UnavailableError, match="0 are free"):
         on_head.create_node({}, WORKER_TAGS, 1)
     note.write_text("")
     on_head.create_node({}, WORKER_TAGS, 2)
@@ -100,10 +101,10 @@ def test_a_host_that_was_given_back_is_started_again(on_head: OwnHosts) -> None:
 
 def test_asking_for_more_than_there_is_starts_what_there_is_and_says_so(on_head: OwnHosts, reach: set[str]) -> None:
     reach.remove(WORKERS[2])
-    with pytest.raises(NoHostError, match="3 hosts are wanted, 3 are free, 2 of those in reach"):
+    with pytest.raises(UnavailableError, match="3 hosts are wanted, 3 are free, 2 of those in reach"):
         on_head.create_node({}, WORKER_TAGS, 3)
     assert workers(on_head) == WORKERS[:2]
-    with pytest.raises(NoHostError, match="1 are free, 0 of those in reach"):
+    with pytest.raises(UnavailableError, match="1 are free, 0 of those in reach"):
         on_head.create_node({}, WORKER_TAGS, 1)
 
 

@@ -216,6 +216,20 @@ def check_client(client: SimClient) -> None:
     assert deadline_s is None or client.ended_s <= deadline_s + DEADLINE_SLACK_S, what
 
 
+def test_a_planned_change_long_after_the_start_fails_nobody() -> None:
+    """Joining is no outage, however long ago the last one was."""
+    p = Pipeline(3)
+    p.run_until(p.world.now_s + 15.0, lambda: all(front.takes_requests for front in p.fronts))
+    p.run_until(p.world.now_s + 2 * p.config.recovery_timeout_s)
+    for number in (4, 2, 5):
+        for _ in range(5):
+            p.ask()
+        p.set_bounds(min_experts=number, max_experts=number)
+        p.run_until(p.world.now_s + 30.0)
+    assert {client.ended for client in p.clients} <= {"stop", "length"}
+    assert p.router is not None and p.router.machine.num_done >= 3
+
+
 def failures_of(seeds: range) -> list[str]:
     """The schedules of `seeds` that fail, each as one line."""
     logging.disable(logging.CRITICAL)
