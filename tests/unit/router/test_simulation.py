@@ -216,15 +216,17 @@ def check_client(client: SimClient) -> None:
     assert deadline_s is None or client.ended_s <= deadline_s + DEADLINE_SLACK_S, what
 
 
-def test_a_planned_change_long_after_the_start_fails_nobody() -> None:
+@pytest.mark.parametrize("seed", [4, 5, 6, 8])
+def test_a_planned_change_long_after_the_start_fails_nobody(seed: int) -> None:
     """Joining is no outage, however long ago the last one was."""
-    p = Pipeline(3)
+    p = Pipeline(seed)
     p.run_until(p.world.now_s + 15.0, lambda: all(front.takes_requests for front in p.fronts))
     p.run_until(p.world.now_s + 2 * p.config.recovery_timeout_s)
     for number in (4, 2, 5):
-        for _ in range(5):
-            p.ask()
         p.set_bounds(min_experts=number, max_experts=number)
+        for _ in range(200):  # somebody is always open
+            p.ask()
+            p.run_until(p.world.now_s + 0.05)
         p.run_until(p.world.now_s + 30.0)
     assert {client.ended for client in p.clients} <= {"stop", "length"}
     assert p.router is not None and p.router.machine.num_done >= 3
