@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 from actors.config import PipelineConfig
 from actors.errors import CorralError, RankError, UnavailableError
-from actors.router.epochs import Action, BeginServing, Connect, EpochMachine, Kill, Start, Suspend, Tell
+from actors.router.actions import Action, BeginServing, Connect, Kill, Start, Suspend, Tell
+from actors.router.epochs import EpochMachine
 from actors.router.expert_load import ExpertLoad
 from actors.router.fleet import Fleet, RankUp
 from actors.router.membership import Observation, Proposal, Scaler

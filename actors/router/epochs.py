@@ -12,12 +12,13 @@ says who can serve soonest, and the same phases bring them up again.
 
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
 from typing import Any
 
 from actors.expert.proofs import Disagreement, disagreements
+from actors.router.actions import Action, BeginServing, ChangeRecord, Connect, Kill, Start, Suspend, Tell
 from actors.router.membership import ExpertTokens, Goal, MembershipPlanner, Proposal
 from actors.types import (
     Attach,
@@ -34,9 +35,7 @@ from actors.types import (
     Progress,
     RankEndpoints,
     RankSpec,
-    Role,
     SlotSource,
-    ToRank,
 )
 
 RETRY_FIRST_S = 0.1
@@ -54,69 +53,6 @@ class Phase(Enum):
     PREPARING = "preparing the epoch"
     DRAINING = "finishing steps"
     JOINING = "joining the epoch"
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """Begin a process for a new rank."""
-
-    rank: int
-    roles: tuple[Role, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Kill:
-    """End a rank's process and forget it."""
-
-    rank: int
-
-
-@dataclass(frozen=True, slots=True)
-class Connect:
-    """Open the channels to a rank that came up."""
-
-    rank: int
-    endpoints: RankEndpoints
-
-
-@dataclass(frozen=True, slots=True)
-class Tell:
-    rank: int
-    message: ToRank
-
-
-@dataclass(frozen=True, slots=True)
-class Suspend:
-    """The epoch is over without a successor yet; requests wait. Steps that were sent may never be answered."""
-
-    problem: str
-
-
-@dataclass(frozen=True, slots=True)
-class BeginServing:
-    """All ranks of `epoch` have joined. Attention ranks in `kept` still have their requests, the others have none."""
-
-    epoch: Epoch
-    loaded: dict[int, Loaded]
-    kept: frozenset[int]
-
-
-Action = Start | Kill | Connect | Tell | Suspend | BeginServing
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChangeRecord:
-    """One change as people look back on it. Times in seconds; `pause_s` is how long no step was planned for it."""
-
-    epoch: int
-    why: str
-    began_s: float
-    took_s: float
-    pause_s: float
-    problem: str  # empty if it succeeded
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(slots=True)

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from actors.router.epochs import Action, BeginServing, Connect, EpochMachine, Kill, Start, Suspend, Tell
+from actors.router.actions import Action, BeginServing, Connect, Kill, Start, Suspend, Tell
+from actors.router.epochs import EpochMachine
 from actors.router.membership import ExpertTokens, Goal, Proposal
 from actors.types import (
     EMPTY_SLOT,
