@@ -1,11 +1,11 @@
-"""Which answers hang on the last bits of a sum.
+"""Whether two answers differ by more than the last bits of a sum.
 
 Sums round differently in other company and after a recovery, which computes in one piece what was computed token by
 token. Where two tokens are as good as equally likely, or the drawn number falls on the boundary between two, that
-decides. Such answers prove nothing about what was lost or repeated, so comparisons leave them out, and say how many.
+decides, and everything after differs. Such close calls say nothing about what was lost or repeated.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,37 +16,31 @@ from actors.attention.philox import uniforms
 from actors.config import PipelineConfig
 from benchmarks.workload import Item
 
-LEAST_MARGIN = 1e-4  # between the two highest logits
-LEAST_DISTANCE = 2e-6  # of the drawn number from a boundary, in probability
+LOGIT_MARGIN = 1e-3  # between two logits that rounding may put in either order
+PROBABILITY_MARGIN = 2e-5  # of the drawn number from the boundary between two tokens
 
 
-class EdgeFinder:
-    """A copy of the model, to look at the logits behind answers of temperature 0 or 1."""
+class CloseCalls:
+    """A copy of the model, to look at the probabilities behind answers of temperature 0 or 1."""
 
     def __init__(self, directory: Path) -> None:
         pipeline = PipelineConfig(model=str(directory), kv_cache_bytes=64 << 20, max_model_len=1024)
         self._model = LocalModel.load(pipeline)
 
-    def on_the_edge(self, item: Item, token_ids: list[int], seed: int | None) -> bool:
-        """Whether any token of an answer was a close call. `seed` None is greedy, else temperature 1."""
-        start = len(item.prompt_ids) - 1
-        logits_NV = self._model.logits([*item.prompt_ids, *token_ids[:-1]])[start:]
+    def explains(self, item: Item, one: Sequence[int], other: Sequence[int], seed: int | None) -> bool:
+        """Whether the first token in which the answers differ was a close call. `seed` None is greedy, else
+        temperature 1. False where one is merely shorter.
+        """
+        pairs = zip(one, other, strict=False)
+        where = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        if where is None:
+            return False
+        logits_V = self._model.logits([*item.prompt_ids, *one[:where]])[-1].double()
+        low, high = sorted((one[where], other[where]))
         if seed is None:
-            best_N2 = logits_NV.topk(2).values
-            return bool((best_N2[:, 0] - best_N2[:, 1]).min() < LEAST_MARGIN)
-        count = len(token_ids)
-        drawn_N = uniforms(np.full(count, seed, dtype=np.uint64), np.arange(count, dtype=np.uint64))
-        boundaries_NV = torch.softmax(logits_NV.double(), 1).cumsum(1)
-        return bool((boundaries_NV - torch.from_numpy(drawn_N)[:, None]).abs().min() < LEAST_DISTANCE)
-
-
-def without_edges(
-    directory: Path, answers: Mapping[int, list[int]], items: list[Item], seeded: bool
-) -> dict[int, list[int]]:
-    """The answers, by item, that are no close call. With `seeded`, odd items are of temperature 1 and their number."""
-    finder = EdgeFinder(directory)
-    return {
-        number: token_ids
-        for number, token_ids in answers.items()
-        if not finder.on_the_edge(items[number], token_ids, number if seeded and number % 2 else None)
-    }
+            best = float(logits_V.max())
+            return best - float(logits_V[[low, high]].min()) < LOGIT_MARGIN
+        drawn = float(uniforms(np.array([seed], dtype=np.uint64), np.array([where], dtype=np.uint64))[0])
+        ends_V = torch.softmax(logits_V, 0).cumsum(0)  # where shares end; each begins where the last ended
+        begins = float(ends_V[high - 1])
+        return abs(float(ends_V[low]) - drawn) < PROBABILITY_MARGIN and abs(begins - drawn) < PROBABILITY_MARGIN
