@@ -142,6 +142,14 @@ class Judge:
             print(f"  failed: {answer.problem}")
         others = [a for a in answers if not a.problem and a.token_ids != self._expected[a.item]]
         explained = sum(self._is_close_call(answer) for answer in others)
+        for answer in others:
+            expected = self._expected[answer.item]
+            same = sum(
+                1 for _ in itertools.takewhile(lambda p: p[0] == p[1], zip(answer.token_ids, expected, strict=False))
+            )
+            print(
+                f"  item {answer.item}: {len(answer.token_ids)} tokens for {len(expected)}, the first {same} the same"
+            )
         return {
             "requests": len(answers),
             "failed": len(failed),
