@@ -2,14 +2,15 @@
 
 Owns the arithmetic between the fused projection and the output projection: rotation, norm, temperature, the write
 into the cache and the softmax over what each row may see. What it may see was decided in `page_groups.py`. Keys and
-values are never repeated for grouped queries.
+values are never repeated for grouped queries. This is plain torch, for every device and dtype; what is faster on a GPU
+is in `decode.py` and `mixed.py`.
 """
 
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the name that everybody knows)
 
 from actors.attention.batch import StepInputs
-from actors.attention.kv_cache import LayerCache
+from actors.attention.kv_cache import KvCache, LayerCache
 from actors.attention.norm import rms_norm
 from actors.attention.page_groups import DecodeGroup, GroupInputs, PageRun, Run, bottom_right_mask
 from actors.attention.rope import rotate_
@@ -89,6 +90,29 @@ class Attention:
             is_causal=run.pages is None,
         )
         return out_KGQd.permute(2, 0, 1, 3).flatten(1)
+
+
+class StepAttention:
+    """Implements `model.Attend` for the rows of one step."""
+
+    def __init__(self, attention: Attention, config: ModelConfig, inputs: StepInputs, cache: KvCache) -> None:
+        self._attention = attention
+        self._config = config
+        self._inputs = inputs
+        self._cache = cache
+        # Padding may read what a page's last owner left: it must be finite, for 0 * NaN is NaN.
+        for group, pages_LPSHd in (
+            (inputs.global_inputs, cache.global_LPSHd),
+            (inputs.chunked_inputs, cache.chunked_LPSHd),
+        ):
+            if group is not None and group.fresh_pages_N is not None:
+                pages_LPSHd.index_fill_(1, group.fresh_pages_N, 0)
+
+    def __call__(self, layer: int, qkv_TQ: Tensor) -> Tensor:
+        inputs, config = self._inputs, self._config
+        group = inputs.chunked_inputs if config.is_chunked(layer) else inputs.global_inputs
+        assert group is not None, "a layer belongs to a group that the batch has"
+        return self._attention(qkv_TQ, inputs, group, self._cache.layers[layer], layer in config.rope_layers)
 
 
 def _run_mask(run: Run, like: Tensor) -> Tensor | None:

@@ -1,29 +1,36 @@
 """The forward pass of an attention rank: everything but the routed experts.
 
-Owns the order of a layer's parts and the gate. Routed experts are reached through dispatch, and the shared expert is
-computed while they are away. Knows nothing of requests, pages or processes. Source: transformers' Llama4ForCausalLM.
+Owns the order of a layer's parts and the gate. Attention itself is a function that it is given, routed experts are
+reached through dispatch, and the shared expert is computed while they are away. Knows nothing of requests, pages or
+processes. Source: transformers' Llama4ForCausalLM.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the name that everybody knows)
 
-from actors.attention.attention import Attention
-from actors.attention.batch import StepInputs
-from actors.attention.kv_cache import KvCache
 from actors.attention.norm import RowNorm
 from actors.checkpoint.config import ModelConfig
-from actors.checkpoint.weights import AttentionWeights, DenseFfn, LayerWeights, MoeGate
+from actors.checkpoint.weights import AttentionWeights, DenseFfn, MoeGate
 from actors.config import Routing
 from actors.dispatch.contract import Dispatch
+
+
+NO_EXPERT = -1  # a padding row's expert id
 
 
 def swiglu(x_TD: Tensor, gate_up_ND: Tensor) -> Tensor:
     """silu(gate(x)) * up(x): [T, F]; the gate is the first half of the rows of `gate_up_ND`."""
     gate_TF, up_TF = F.linear(x_TD, gate_up_ND).chunk(2, dim=1)
     return F.silu(gate_TF).mul_(up_TF)
+
+
+def ffn(x_TD: Tensor, weights: DenseFfn) -> Tensor:
+    """down(swiglu(x)): [T, D]."""
+    return F.linear(swiglu(x_TD, weights.gate_up_ND), weights.down_DF)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +65,20 @@ class Gate:
         return (positions_T[:, None] * self._experts_per_token + offsets_K) % self._num_experts
 
 
+class Attend(Protocol):
+    """Attention of a step: what its rows may see, and where their keys and values are kept, it knows already."""
+
+    def __call__(self, layer: int, qkv_TQ: Tensor) -> Tensor:
+        """qkv_TQ, which it may overwrite, to [T, heads * head_dim], before the output projection."""
+        ...
+
+
 class AttentionModel:
-    """Weights and their use. `forward` writes the step's keys and values into `cache`."""
+    """Weights and their use."""
 
     def __init__(self, config: ModelConfig, weights: AttentionWeights, routing: Routing = "model") -> None:
         self._config = config
         self._weights = weights
-        self._attention = Attention(config)
         embed_VD = weights.embed_VD
         self._norm = RowNorm(config.hidden_size, config.rms_norm_eps, embed_VD.dtype, embed_VD.device)
         self._gate = Gate(config, routing)
@@ -76,19 +90,29 @@ class AttentionModel:
             len(config.moe_layers), config.num_experts, dtype=torch.int64, device=embed_VD.device
         )
 
-    def forward(self, inputs: StepInputs, cache: KvCache, dispatch: Dispatch) -> Tensor:
-        """h_TD: hidden states after the last layer, before the final norm. T is at least 1."""
-        self._clear_fresh_pages(inputs, cache)
-        h_TD = F.embedding(inputs.ids_T, self._weights.embed_VD)
+    def forward(
+        self, ids_T: Tensor, positions_T: Tensor, attend: Attend, dispatch: Dispatch, padding_T1: Tensor | None = None
+    ) -> Tensor:
+        """h_TD: hidden states after the last layer, before the final norm. T is at least 1.
+
+        Rows where `padding_T1` is set go to no expert. What becomes of them does not matter.
+        """
+        h_TD = F.embedding(ids_T, self._weights.embed_VD)
         chosen: list[Tensor] = []
+        deltas: tuple[Tensor, ...] = ()  # not yet added to h
         for i, layer in enumerate(self._weights.layers):
-            self._add_attention(i, layer, h_TD, inputs, cache)
-            x_TD = self._norm(h_TD, layer.post_norm_D)
+            x_TD = self._norm.add(h_TD, deltas, layer.input_norm_D)
+            out_TA = attend(i, F.linear(x_TD, layer.wqkv_QD))
+            x_TD = self._norm.add(h_TD, (F.linear(out_TA, layer.wo_DA),), layer.post_norm_D)
             if isinstance(layer.ffn, DenseFfn):
-                _add_ffn(h_TD, x_TD, layer.ffn)
+                deltas = (ffn(x_TD, layer.ffn),)
             else:
-                chosen.append(self._add_moe(i, h_TD, x_TD, layer.ffn, inputs, dispatch))
+                choice = self._choose(i, x_TD, positions_T, padding_T1)
+                chosen.append(choice.expert_ids_TK)
+                deltas = self._moe(i, x_TD, layer.ffn, choice, dispatch)
         self._count(chosen)
+        for delta_TD in deltas:
+            h_TD.add_(delta_TD)
         return h_TD
 
     def logits(self, h_BD: Tensor) -> Tensor:
@@ -102,36 +126,19 @@ class AttentionModel:
         self._expert_tokens_ME.zero_()
         return {layer: tuple(row) for layer, row in zip(self._config.moe_layers, counts, strict=True)}
 
-    def _clear_fresh_pages(self, inputs: StepInputs, cache: KvCache) -> None:
-        """Padding may read what a page's last owner left: it must be finite, for 0 * NaN is NaN."""
-        if inputs.global_inputs is not None and inputs.global_inputs.fresh_pages_N is not None:
-            cache.global_LPSHd.index_fill_(1, inputs.global_inputs.fresh_pages_N, 0)
-        if inputs.chunked_inputs is not None and inputs.chunked_inputs.fresh_pages_N is not None:
-            cache.chunked_LPSHd.index_fill_(1, inputs.chunked_inputs.fresh_pages_N, 0)
+    def _choose(self, i: int, x_TD: Tensor, positions_T: Tensor, padding_T1: Tensor | None) -> Choice:
+        choice = self._gate(x_TD, self._routers[i], positions_T)
+        if padding_T1 is None:
+            return choice
+        return Choice(choice.expert_ids_TK.masked_fill(padding_T1, NO_EXPERT), choice.scores_TK)
 
-    def _add_attention(self, i: int, layer: LayerWeights, h_TD: Tensor, inputs: StepInputs, cache: KvCache) -> None:
-        group = inputs.chunked_inputs if self._config.is_chunked(i) else inputs.global_inputs
-        assert group is not None, "a layer belongs to a group that the batch has"
-        x_TD = self._norm(h_TD, layer.input_norm_D)
-        qkv_TQ = F.linear(x_TD, layer.wqkv_QD)
-        uses_rope = i in self._config.rope_layers
-        out_TA = self._attention(qkv_TQ, inputs, group, cache.layers[i], uses_rope)
-        h_TD.add_(F.linear(out_TA, layer.wo_DA))
-
-    def _add_moe(
-        self, i: int, h_TD: Tensor, x_TD: Tensor, ffn: MoeGate, inputs: StepInputs, dispatch: Dispatch
-    ) -> Tensor:
-        choice = self._gate(x_TD, self._routers[i], inputs.positions_T)
+    def _moe(self, i: int, x_TD: Tensor, moe: MoeGate, choice: Choice, dispatch: Dispatch) -> tuple[Tensor, Tensor]:
+        """What the shared and the routed experts add to the hidden states."""
         receipt = dispatch.dispatch(x_TD, choice.expert_ids_TK, choice.scores_TK, i)
-        shared_TD = F.linear(swiglu(x_TD, ffn.shared.gate_up_ND), ffn.shared.down_DF)
-        h_TD.add_(shared_TD.add_(dispatch.combine(receipt)))
-        return choice.expert_ids_TK
+        shared_TD = ffn(x_TD, moe.shared)
+        return shared_TD, dispatch.combine(receipt)
 
     def _count(self, chosen: list[Tensor]) -> None:
         if chosen:
             ids_MN = torch.stack(chosen).flatten(1)
-            self._expert_tokens_ME.scatter_add_(1, ids_MN, torch.ones_like(ids_MN))
-
-
-def _add_ffn(h_TD: Tensor, x_TD: Tensor, ffn: DenseFfn) -> None:
-    h_TD.add_(F.linear(swiglu(x_TD, ffn.gate_up_ND), ffn.down_DF))
+            self._expert_tokens_ME.scatter_add_(1, ids_MN.clamp(min=0), (ids_MN >= 0).long())

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from actors.attention.attention import Attention, StepAttention
 from actors.attention.batch import BatchBuilder, StepInputs
 from actors.attention.kv_cache import KvCache, PagePools, fit_page_tokens, plan_pages
 from actors.attention.model import AttentionModel
@@ -39,6 +40,7 @@ class AttentionWorker:
         self._dtype = weights.embed_VD.dtype
         self.weight_bytes = num_weight_bytes(weights)
         self._model = AttentionModel(config, weights, pipeline.routing)
+        self._attention = Attention(config)
         self._requests = RequestTable(device)
         self._sampler = Sampler(config.vocab_size, device)
         self._builder: BatchBuilder | None = None
@@ -110,7 +112,8 @@ class AttentionWorker:
         """Computes at least one piece of work without sampling: the step's inputs and its hidden states h_TD."""
         assert self._builder and self.cache and self._dispatch, "the cache and an epoch come before steps"
         inputs = self._builder.build(work, self._requests)
-        return inputs, self._model.forward(inputs, self.cache, self._dispatch)
+        attend = StepAttention(self._attention, self._config, inputs, self.cache)
+        return inputs, self._model.forward(inputs.ids_T, inputs.positions_T, attend, self._dispatch)
 
     def take_in(self, plan: RankPlan) -> None:
         """Releases, admits and grants pages, and computes nothing: what happens once, however often a step is run."""

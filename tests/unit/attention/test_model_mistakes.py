@@ -203,16 +203,13 @@ def gate_and_up_swapped_in_experts(patch: pytest.MonkeyPatch) -> None:
 
 
 def _moe_with_shared(scale: Callable[[Choice], Tensor | float]) -> Patch:
-    def add_moe(
-        self: AttentionModel, i: int, h_TD: Tensor, x_TD: Tensor, ffn: Any, inputs: Any, dispatch: Any
-    ) -> Tensor:
-        choice = self._gate(x_TD, self._routers[i], inputs.positions_T)
+    def moe(
+        self: AttentionModel, i: int, x_TD: Tensor, weights: Any, choice: Choice, dispatch: Any
+    ) -> tuple[Tensor, Tensor]:
         receipt = dispatch.dispatch(x_TD, choice.expert_ids_TK, choice.scores_TK, i)
-        shared_TD = F.linear(model.swiglu(x_TD, ffn.shared.gate_up_ND), ffn.shared.down_DF)
-        h_TD.add_(dispatch.combine(receipt) + shared_TD * scale(choice))
-        return choice.expert_ids_TK
+        return model.ffn(x_TD, weights.shared) * scale(choice), dispatch.combine(receipt)
 
-    return lambda patch: patch.setattr(AttentionModel, "_add_moe", add_moe)
+    return lambda patch: patch.setattr(AttentionModel, "_moe", moe)
 
 
 shared_scaled_by_score = _moe_with_shared(lambda choice: choice.scores_TK.sum(1, keepdim=True))
