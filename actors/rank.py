@@ -16,6 +16,7 @@ import torch
 from msgspec import structs
 
 from actors.attention.kv_cache import PagePools
+from actors.attention.sampler import SampledBatch
 from actors.attention.worker import AttentionWorker
 from actors.checkpoint.config import ModelConfig, read_model_config
 from actors.config import PipelineConfig
@@ -27,12 +28,26 @@ from actors.dispatch.rows import TokenShape
 from actors.errors import RankError, UnreachableError
 from actors.expert.worker import ExpertWorker
 from actors.precision import compute_dtype
-from actors.types import Epoch, Loaded, RankSpec, SampledToken, SlotSource, StepPlan, StepResult
+from actors.types import Epoch, Loaded, RankSpec, SlotSource, StepPlan, StepResult
 from actors.wire import ChannelKeys
 
 EXPERT_REPORT_S = 1.0
 REACH_TIMEOUT_S = 1.0  # to open a connection to a peer, before an epoch is joined
 NO_EPOCH = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step that runs, or has run: what it is an answer to, and its tokens when they are there."""
+
+    plan: StepPlan
+    began_s: float
+    sampled: SampledBatch | None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `Rank.finish` will not wait."""
+        return self.sampled is None or self.sampled.is_done
 
 
 @dataclass(slots=True)
@@ -66,6 +81,7 @@ class Rank:
         self._collective: CollectiveDispatch | None = None
         self._dispatch: Dispatch | None = None
         self._next_report_s = 0.0
+        self._finished_s = 0.0  # when the last step was
 
     @property
     def spec(self) -> RankSpec | None:
@@ -222,9 +238,19 @@ class Rank:
         self._collective = self._dispatch = None
         self._group.leave()
 
-    @torch.inference_mode()
     def step(self, plan: StepPlan) -> StepResult | None:
-        """Runs one step; expert ranks answer nothing. A plan of an epoch that is over is dropped.
+        """Runs one step to its end."""
+        launched = self.launch(plan)
+        return None if launched is None else self.finish(launched)
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step may be launched before the one before it is finished: its device needs no host meanwhile."""
+        return self._dispatch is not None and self._dispatch.is_capturable and self._device.type == "cuda"
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Launched | None:
+        """Starts one step; None for a plan of an epoch that is over, which is dropped.
 
         Raises RankError when a peer is lost: the epoch is over for this rank then. What it keeps of its requests is as
         the last step that it answered left them, and the plan after that taken in.
@@ -234,22 +260,28 @@ class Rank:
             return None
         began_s = time.perf_counter()
         try:
-            tokens = self._run(plan)
+            return Launched(plan, began_s, self._launch(plan))
         except RankError as e:
             self.leave()
             raise RankError(_number(epoch, e.rank, self.rank), e.problem) from e
+
+    def finish(self, launched: Launched) -> StepResult | None:
+        """Waits for a step's tokens; expert ranks answer nothing."""
+        plan = launched.plan
         if plan.rank_plan is None:
             return None
+        tokens = launched.sampled.to_tokens() if launched.sampled is not None else []
+        began_s, self._finished_s = max(launched.began_s, self._finished_s), time.perf_counter()
         return StepResult(
             rank=self.rank,
             epoch=plan.epoch,
             step=plan.step,
             tokens=tuple(tokens),
-            elapsed_us=int((time.perf_counter() - began_s) * 1e6),
+            elapsed_us=int((self._finished_s - began_s) * 1e6),
             expert_tokens=self._expert_tokens(),
         )
 
-    def _run(self, plan: StepPlan) -> list[SampledToken]:
+    def _launch(self, plan: StepPlan) -> SampledBatch | None:
         """A rank with tokens computes its own part; one without serves the others' tokens, layer after layer."""
         attention = self._loaded_state().attention
         if plan.rank_plan is not None and plan.step > self._taken_step:
@@ -259,10 +291,10 @@ class Rank:
         if plan.tokens_of_rank[self._position]:
             assert plan.rank_plan and attention and self._dispatch, "only attention ranks bring tokens"
             self._dispatch.begin_step(plan.tokens_of_rank)
-            return attention.run(plan.rank_plan)
+            return attention.launch(plan.rank_plan)
         if self._collective is not None:
             self._collective.serve_step(plan.tokens_of_rank)
-        return []
+        return None
 
     def _loaded_state(self) -> _Held:
         if self._held is None:
@@ -270,11 +302,13 @@ class Rank:
         return self._held
 
     def _expert_tokens(self) -> dict[int, tuple[int, ...]]:
-        """Tokens by expert since the last report, about once a second."""
+        """Tokens by expert since the last report, about once a second, when they have come from the device."""
         attention, now_s = self._loaded_state().attention, time.monotonic()
-        if attention is None or now_s < self._next_report_s:
+        if attention is None:
             return {}
-        self._next_report_s = now_s + EXPERT_REPORT_S
+        if now_s >= self._next_report_s:
+            self._next_report_s = now_s + EXPERT_REPORT_S
+            attention.request_expert_tokens()
         return attention.take_expert_tokens()
 
 

@@ -11,6 +11,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ import zmq
 from actors.config import PipelineConfig
 from actors.errors import CheckpointError, ConfigError, CorralError, UnreachableError
 from actors.expert.weight_server import WeightServer
-from actors.rank import Rank
+from actors.rank import Launched, Rank
 from actors.types import (
     Alive,
     Attach,
@@ -44,6 +45,8 @@ log = logging.getLogger("corral.rank")
 
 POLL_MS = 200
 PROGRESS_S = 0.5
+MAX_LAUNCHED = 2  # steps: one runs on the device, one waits behind it
+LOOK_S = 20e-6  # between looks at the device and at the socket
 ANSWERS = "inproc://answers"
 
 
@@ -61,6 +64,7 @@ class RankLoop:
         self._heard_s = time.monotonic()
         self._stopping = threading.Event()
         self._tasks: queue.SimpleQueue[Callable[[], FromRank] | None] = queue.SimpleQueue()
+        self._launched: deque[tuple[bytes, Launched]] = deque()  # and whose plans they are
         self._crash: BaseException | None = None
 
     def start(self) -> RankEndpoints:
@@ -193,32 +197,65 @@ class RankLoop:
     # --- steps --------------------------------------------------------------------------------------------------------
 
     def _run_steps(self) -> None:
+        """Launches a step as soon as its plan is here, at most one ahead of the one that is answered next."""
         while not self._stopping.is_set():
-            if not self._steps.poll(POLL_MS):
-                continue
-            identity, data = self._steps.recv_multipart()
-            if identity == self._router:
-                answer = self._on_step(TO_RANK.decode(data))
-                if answer is not None:
-                    self._steps.send_multipart([identity, FROM_RANK.encode(answer)])
+            if self._launched and not self._next_plan_comes():
+                self._answer_oldest()
+            elif self._steps.poll(POLL_MS):
+                identity, data = self._steps.recv_multipart()
+                if identity == self._router:
+                    self._on_step(identity, TO_RANK.decode(data))
 
-    def _on_step(self, message: ToRank) -> FromRank | None:
-        """Runs a plan or a join. What nobody meant to raise is told too, before it ends the rank."""
-        epoch = getattr(message, "epoch", 0)
+    def _next_plan_comes(self) -> bool:
+        """Waits for the next plan while the oldest step runs, if it may be launched before that is done."""
+        if len(self._launched) == MAX_LAUNCHED or not self._rank.runs_ahead:
+            return False
+        while not self._launched[0][1].is_done:
+            if self._steps.poll(0):
+                return True
+            time.sleep(LOOK_S)
+        return bool(self._steps.poll(0))
+
+    def _answer_oldest(self) -> None:
+        identity, launched = self._launched.popleft()
+        self._answer(identity, launched.plan.epoch, lambda: self._rank.finish(launched))
+
+    def _on_step(self, identity: bytes, message: ToRank) -> None:
+        """Takes a plan or a join; a join waits for what was launched."""
+        match message:
+            case StepPlan():
+                self._answer(identity, message.epoch, lambda: self._launch(identity, message))
+            case Join(epoch=epoch, fresh=fresh):
+                while self._launched:
+                    self._answer_oldest()
+                self._answer(identity, epoch, lambda: self._join(epoch, fresh))
+
+    def _launch(self, identity: bytes, plan: StepPlan) -> None:
         try:
-            match message:
-                case StepPlan():
-                    return self._rank.step(message)
-                case Join(epoch=epoch, fresh=fresh):
-                    self._rank.join(epoch, fresh)
-                    return Joined(rank=self._rank.rank, epoch=epoch)
+            launched = self._rank.launch(plan)
+        except CorralError:
+            while self._launched:  # they were launched before, so they are answered before
+                self._answer_oldest()
+            raise
+        if launched is not None:
+            self._launched.append((identity, launched))
+
+    def _join(self, epoch: int, fresh: bool) -> Joined:
+        self._rank.join(epoch, fresh)
+        return Joined(rank=self._rank.rank, epoch=epoch)
+
+    def _answer(self, identity: bytes, epoch: int, work: Callable[[], FromRank | None]) -> None:
+        """Sends what `work` returns, or its failure. What nobody meant to raise is told before it ends the rank."""
+        try:
+            answer = work()
         except CorralError as e:
-            return self._failure(epoch, e)
+            answer = self._failure(epoch, e)
         except Exception as e:
             log.exception("the step failed")
-            self._steps.send_multipart([self._router, FROM_RANK.encode(self._failure(epoch, e))])
+            self._steps.send_multipart([identity, FROM_RANK.encode(self._failure(epoch, e))])
             raise
-        return None
+        if answer is not None:
+            self._steps.send_multipart([identity, FROM_RANK.encode(answer)])
 
     def _failure(self, epoch: int, error: Exception) -> Failed:
         is_ours = isinstance(error, CorralError)

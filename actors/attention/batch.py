@@ -7,6 +7,7 @@ attention reads and writes is `page_groups.py`'s.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -35,20 +36,36 @@ class StepInputs:
     memory_rows_B: Tensor  # where the sampled tokens are to be remembered
 
 
+class Builder(Protocol):
+    """Lays a step's rows out for one page group."""
+
+    def build(self, singles: Sequence[Piece], longer: Sequence[Piece]) -> GroupInputs: ...
+
+
 class BatchBuilder:
     """Lays out the work of plans. Holds nothing of a step when it is built."""
 
-    def __init__(self, config: ModelConfig, page_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, global_builder: Builder | None, chunked_builder: Builder | None, device: torch.device
+    ) -> None:
+        """A builder for each page group that has layers."""
         self._config = config
         self._device = device
         self._frequencies_R = inverse_frequencies(config, device)
+        self._global = global_builder
+        self._chunked = chunked_builder
+
+    @staticmethod
+    def plain(config: ModelConfig, page_tokens: int, dtype: torch.dtype, device: torch.device) -> "BatchBuilder":
+        """For `attention.StepAttention`."""
         token_bytes = 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
-        self._global = GroupBuilder(page_tokens, 0, token_bytes, dtype, device) if config.global_layers else None
-        self._chunked = (
-            GroupBuilder(page_tokens, config.chunk_tokens, token_bytes, dtype, device)
-            if config.chunked_layers
-            else None
-        )
+
+        def make(chunk_tokens: int) -> GroupBuilder:
+            return GroupBuilder(page_tokens, chunk_tokens, token_bytes, dtype, device)
+
+        global_builder = make(0) if config.global_layers else None
+        chunked_builder = make(config.chunk_tokens) if config.chunked_layers else None
+        return BatchBuilder(config, global_builder, chunked_builder, device)
 
     def build(self, work: Sequence[Work], requests: RequestTable) -> StepInputs:
         """Lays out work of admitted requests, whose granted pages are in their tables already.
@@ -95,7 +112,7 @@ class BatchBuilder:
             return None
         return temperatures(positions_T, config.floor_scale, config.attn_scale)
 
-    def _group_inputs(self, builder: GroupBuilder | None, rows: Sequence["_Work"], chunked: bool) -> GroupInputs | None:
+    def _group_inputs(self, builder: Builder | None, rows: Sequence["_Work"], chunked: bool) -> GroupInputs | None:
         if builder is None:
             return None
         pieces = [row.piece(chunked) for row in rows]

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the name that everybody knows)
 
-from actors.attention.norm import RowNorm
+from actors.attention.upload import mark
 from actors.checkpoint.config import ModelConfig
 from actors.checkpoint.weights import AttentionWeights, DenseFfn, MoeGate
 from actors.config import Routing
 from actors.dispatch.contract import Dispatch
-
+from actors.kernels.norm import add_rms_norm
 
 NO_EXPERT = -1  # a padding row's expert id
 
@@ -80,7 +80,7 @@ class AttentionModel:
         self._config = config
         self._weights = weights
         embed_VD = weights.embed_VD
-        self._norm = RowNorm(config.hidden_size, config.rms_norm_eps, embed_VD.dtype, embed_VD.device)
+        self._eps = config.rms_norm_eps
         self._gate = Gate(config, routing)
         self._routers = {
             i: layer.ffn.router_ED.float() for i, layer in enumerate(weights.layers) if isinstance(layer.ffn, MoeGate)
@@ -89,6 +89,8 @@ class AttentionModel:
         self._expert_tokens_ME = torch.zeros(
             len(config.moe_layers), config.num_experts, dtype=torch.int64, device=embed_VD.device
         )
+
+        self._arriving: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     def forward(
         self, ids_T: Tensor, positions_T: Tensor, attend: Attend, dispatch: Dispatch, padding_T1: Tensor | None = None
@@ -101,9 +103,9 @@ class AttentionModel:
         chosen: list[Tensor] = []
         deltas: tuple[Tensor, ...] = ()  # not yet added to h
         for i, layer in enumerate(self._weights.layers):
-            x_TD = self._norm.add(h_TD, deltas, layer.input_norm_D)
+            x_TD = add_rms_norm(h_TD, deltas, layer.input_norm_D, self._eps)
             out_TA = attend(i, F.linear(x_TD, layer.wqkv_QD))
-            x_TD = self._norm.add(h_TD, (F.linear(out_TA, layer.wo_DA),), layer.post_norm_D)
+            x_TD = add_rms_norm(h_TD, (F.linear(out_TA, layer.wo_DA),), layer.post_norm_D, self._eps)
             if isinstance(layer.ffn, DenseFfn):
                 deltas = (ffn(x_TD, layer.ffn),)
             else:
@@ -117,14 +119,36 @@ class AttentionModel:
 
     def logits(self, h_BD: Tensor) -> Tensor:
         """fp32 [B, V] of rows of `forward`'s result."""
-        x_BD = self._norm(h_BD, self._weights.final_norm_D)
+        x_BD = add_rms_norm(h_BD, (), self._weights.final_norm_D, self._eps)
         return F.linear(x_BD, self._weights.lm_head_VD).float()
 
-    def take_expert_tokens(self) -> dict[int, tuple[int, ...]]:
-        """Tokens routed to each expert of each MoE layer since the last call. Waits for the device."""
-        counts = self._expert_tokens_ME.tolist()
+    def empty_logits(self, num_rows: int) -> Tensor:
+        """Room for the logits of so many rows, [num_rows, V] in the model's dtype."""
+        head_VD = self._weights.lm_head_VD
+        return head_VD.new_empty(num_rows, head_VD.shape[0])
+
+    def write_logits(self, h_BD: Tensor, out_BV: Tensor) -> None:
+        """The logits of `forward`'s rows into memory that is there already."""
+        x_BD = add_rms_norm(h_BD, (), self._weights.final_norm_D, self._eps)
+        torch.mm(x_BD, self._weights.lm_head_VD.t(), out=out_BV)
+
+    def request_expert_tokens(self) -> None:
+        """Starts to fetch the tokens routed to each expert since the last request, without waiting for the device."""
+        if self._arriving is not None:
+            return
+        counts_ME = self._expert_tokens_ME.to("cpu", non_blocking=True, copy=True)
         self._expert_tokens_ME.zero_()
-        return {layer: tuple(row) for layer, row in zip(self._config.moe_layers, counts, strict=True)}
+        self._arriving = (counts_ME, mark(self._expert_tokens_ME.device))
+
+    def take_expert_tokens(self) -> dict[int, tuple[int, ...]]:
+        """What was requested, by MoE layer, if it is here; else nothing."""
+        if self._arriving is None:
+            return {}
+        counts_ME, event = self._arriving
+        if event is not None and not event.query():
+            return {}
+        self._arriving = None
+        return {layer: tuple(row) for layer, row in zip(self._config.moe_layers, counts_ME.tolist(), strict=True)}
 
     def _choose(self, i: int, x_TD: Tensor, positions_T: Tensor, padding_T1: Tensor | None) -> Choice:
         choice = self._gate(x_TD, self._routers[i], positions_T)

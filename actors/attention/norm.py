@@ -4,8 +4,6 @@ Owns the arithmetic and its precision: fp32, then a cast to the model's dtype, t
 nothing of where norms stand in a layer.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the name that everybody knows)
@@ -35,9 +33,3 @@ class RowNorm:
             return rms_norm(x_TD, weight_D, self._eps)
         scales_T1 = torch.addmm(self._eps_11, x_TD * x_TD, self._shares_D1).rsqrt_()
         return (x_TD * scales_T1).mul_(weight_D)
-
-    def add(self, h_TD: Tensor, deltas: Sequence[Tensor], weight_D: Tensor) -> Tensor:
-        """Adds the deltas, in their order, to h_TD in place; returns its norm."""
-        for delta_TD in deltas:
-            h_TD.add_(delta_TD)
-        return self(h_TD, weight_D)

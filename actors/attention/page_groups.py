@@ -32,6 +32,11 @@ class Piece:
     table: PageTable
     num_granted: int
 
+    def check_pages(self, page_tokens: int) -> None:
+        """Raises ValueError where pages for the piece were not granted."""
+        if self.table.num_pages * page_tokens < self.end:
+            raise ValueError(f"{self.table.num_pages} pages were granted for {self.end} tokens")
+
 
 @dataclass(frozen=True, slots=True)
 class PageRun:
@@ -98,6 +103,16 @@ def bottom_right_mask(num_queries: int, num_keys: int, dtype: torch.dtype, devic
     return full_QL.triu_(num_keys - num_queries + 1)
 
 
+def write_slots(page_tokens: int, singles: Sequence[Piece], longer: Sequence[Piece]) -> Ids:
+    """page * page_tokens + offset of every row, in the order of the rows."""
+    size = page_tokens
+    parts = [np.array([p.table.pages[p.start // size] * size + p.start % size for p in singles], dtype=np.int64)]
+    for piece in longer:
+        positions = np.arange(piece.start, piece.end, dtype=np.int64)
+        parts.append(piece.table.pages[positions // size] * size + positions % size)
+    return np.concatenate(parts)
+
+
 class GroupBuilder:
     """Builds GroupInputs for one page group. `chunk_tokens` 0: rows read their whole context."""
 
@@ -114,22 +129,13 @@ class GroupBuilder:
     def build(self, singles: Sequence[Piece], longer: Sequence[Piece]) -> GroupInputs:
         """`singles` are pieces of one token, in rows [0, len(singles)); `longer` lie behind them."""
         for piece in (*singles, *longer):
-            if piece.table.num_pages * self._page_tokens < piece.end:
-                raise ValueError(f"{piece.table.num_pages} pages were granted for {piece.end} tokens")
+            piece.check_pages(self._page_tokens)
         return GroupInputs(
-            write_slots_T=self._write_slots(singles, longer),
+            write_slots_T=self._upload(write_slots(self._page_tokens, singles, longer)),
             fresh_pages_N=self._fresh_pages((*singles, *longer)),
             decode=tuple(self._decode_groups(singles)),
             runs=tuple(run for piece in longer for run in self._runs(piece)),
         )
-
-    def _write_slots(self, singles: Sequence[Piece], longer: Sequence[Piece]) -> Tensor:
-        size = self._page_tokens
-        parts = [np.array([p.table.pages[p.start // size] * size + p.start % size for p in singles], dtype=np.int64)]
-        for piece in longer:
-            positions = np.arange(piece.start, piece.end, dtype=np.int64)
-            parts.append(piece.table.pages[positions // size] * size + positions % size)
-        return self._upload(np.concatenate(parts))
 
     def _fresh_pages(self, pieces: Sequence[Piece]) -> Tensor | None:
         """New pages at or beyond a piece's start, save those that the step fills."""

@@ -63,15 +63,24 @@ class RequestState:
         if end > len(self.ids) and (work.num_tokens != 1 or end != self.num_tokens):
             raise ValueError(f"request {self.request_idx}: only the last sampled token is remembered, not {work.start}")
 
+    def check_pages(self, work: Work, page_tokens: int) -> None:
+        """Raises ValueError where pages for `work` were not granted in both groups."""
+        end, num_pages = work.start + work.num_tokens, max(self.global_table.num_pages, self.chunked_table.num_pages)
+        if num_pages * page_tokens < end:
+            raise ValueError(f"request {self.request_idx}: {num_pages} pages were granted for {end} tokens")
+
 
 class RequestTable:
-    """All requests of a rank by index, and the last sampled token of each on the device."""
+    """All requests of a rank by index, and the last sampled token of each on the device.
 
-    def __init__(self, device: torch.device) -> None:
+    That memory has room for `num_rows` from the beginning, and does not move while no more are needed.
+    """
+
+    def __init__(self, device: torch.device, num_rows: int = 0) -> None:
         self._device = device
         self._states: dict[int, RequestState] = {}
-        self._free_rows: list[int] = []
-        self.last_tokens_R: Tensor = torch.zeros(0, dtype=torch.int64, device=device)
+        self._free_rows: list[int] = list(range(num_rows - 1, -1, -1))
+        self.last_tokens_R: Tensor = torch.zeros(num_rows, dtype=torch.int64, device=device)
 
     def __len__(self) -> int:
         return len(self._states)

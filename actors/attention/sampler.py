@@ -23,7 +23,7 @@ from actors.attention.logprobs import logprobs
 from actors.attention.penalties import PenaltyPool
 from actors.attention.philox import uniforms
 from actors.attention.sampling_batch import AdmittedRequest, LogprobGroup, RowGroup, SamplingBatch, build_sampling_batch
-from actors.attention.upload import upload
+from actors.attention.upload import mark, upload
 from actors.types import SampledToken, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -53,6 +53,11 @@ class SampledBatch:
     host_broken_B: Tensor  # bool: the row had no distribution
     host_logprobs: tuple[_HostLogprobs, ...]
     copied: torch.cuda.Event | None  # None on CPU
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `to_tokens` will not wait."""
+        return self.copied is None or bool(self.copied.query())
 
     def to_tokens(self) -> list[SampledToken]:
         """The tokens in the order of the requests. Waits for this step, not for steps launched after it."""
@@ -178,17 +183,13 @@ class Sampler:
             parts.append(_HostLogprobs(group=group, logprob_R=logprob_R, top_ids=top_ids, top_logprobs=top_logprobs))
         host_token_ids_B = token_ids_B.to("cpu", non_blocking=True)
         host_broken_B = broken_B.to("cpu", non_blocking=True)
-        copied = None
-        if self._device.type == "cuda":
-            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record(torch.cuda.current_stream(self._device))  # not the stream of whichever device is current
         return SampledBatch(
             token_ids_B=token_ids_B,
             request_idxs=self._batch_idxs,
             host_token_ids_B=host_token_ids_B,
             host_broken_B=host_broken_B,
             host_logprobs=tuple(parts),
-            copied=copied,
+            copied=mark(self._device),
         )
 
 

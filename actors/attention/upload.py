@@ -1,6 +1,6 @@
-"""Small host values to the device.
+"""Small host values to the device, and a mark in what it is doing.
 
-Owns the one way that does not wait for what the device is doing: pinned memory and an asynchronous copy.
+Owns the one way that does not wait for the device: pinned memory, asynchronous copies, events.
 """
 
 from collections.abc import Sequence
@@ -13,3 +13,12 @@ def upload(values: Sequence[int] | Sequence[float], dtype: torch.dtype, device: 
     """`values` as a 1-D tensor on `device`."""
     on_host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
     return on_host.to(device, non_blocking=True)
+
+
+def mark(device: torch.device) -> torch.cuda.Event | None:
+    """An event behind all that was queued on the device so far; None on a CPU, where all has been done."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))  # not the stream of whichever device is current
+    return event

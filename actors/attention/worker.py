@@ -12,8 +12,10 @@ from torch import Tensor
 
 from actors.attention.attention import Attention, StepAttention
 from actors.attention.batch import BatchBuilder, StepInputs
+from actors.attention.decode import DecodeSteps
 from actors.attention.kv_cache import KvCache, PagePools, fit_page_tokens, plan_pages
-from actors.attention.model import AttentionModel
+from actors.attention.mixed import MixedAttention
+from actors.attention.model import Attend, AttentionModel
 from actors.attention.requests import RequestTable
 from actors.attention.sampler import SampledBatch, Sampler, workspace_bytes
 from actors.checkpoint.config import ModelConfig
@@ -21,11 +23,17 @@ from actors.checkpoint.index import validate_checkpoint
 from actors.checkpoint.weights import AttentionWeights, dummy_attention, load_attention, num_weight_bytes
 from actors.config import PipelineConfig
 from actors.dispatch.contract import Dispatch
+from actors.kernels.prefill_attention import is_available
 from actors.precision import compute_dtype
 from actors.types import RankPlan, SampledToken, Work
 
 CPU_CACHE_BYTES = 256 << 20
 DUMMY_SEED = 0
+
+
+def captures_decode_steps(pipeline: PipelineConfig, device: torch.device) -> bool:
+    """Whether decode steps run as CUDA graphs, where the dispatch allows it."""
+    return device.type == "cuda" and not pipeline.enforce_eager
 
 
 class AttentionWorker:
@@ -46,6 +54,8 @@ class AttentionWorker:
         self._builder: BatchBuilder | None = None
         self.cache: KvCache | None = None
         self._dispatch: Dispatch | None = None
+        self._decode: DecodeSteps | None = None
+        self._mixed: MixedAttention | None = None
 
     @classmethod
     def load(
@@ -69,15 +79,26 @@ class AttentionWorker:
         longest_tokens = self._pipeline.max_model_len or self._config.max_position_embeddings
         pools = plan_pages(self._config, page_tokens, self._cache_bytes(), longest_tokens, self._dtype.itemsize)
         self.cache = KvCache(self._config, pools, self._dtype, self._device)
-        self._builder = BatchBuilder(self._config, page_tokens, self._dtype, self._device)
+        if is_available(self._device, self._dtype, self._config.head_dim):
+            self._mixed = MixedAttention(self._config, self.cache, self._dtype, self._device)
+            builders = self._mixed.global_builder, self._mixed.chunked_builder
+            self._builder = BatchBuilder(self._config, *builders, self._device)
+        else:
+            self._builder = BatchBuilder.plain(self._config, page_tokens, self._dtype, self._device)
+        if captures_decode_steps(self._pipeline, self._device):
+            self._decode = DecodeSteps(
+                self._model, self._config, self.cache, self._pipeline.max_num_seqs, longest_tokens, self._device
+            )
         return pools
 
     def start_epoch(self, dispatch: Dispatch, fresh: bool = True) -> None:
         """Experts are reached through `dispatch` from now on. Forgets all requests if `fresh`."""
         self._dispatch = dispatch
         if fresh:
-            self._requests = RequestTable(self._device)
+            self._requests = RequestTable(self._device, self._pipeline.max_num_seqs if self._decode else 0)
             self._sampler = Sampler(self._config.vocab_size, self._device)
+        if self._decode is not None and dispatch.is_capturable:
+            self._decode.start_epoch(dispatch, self._requests.last_tokens_R)
 
     def step(self, plan: RankPlan) -> list[SampledToken]:
         """Takes the plan in, runs the step and waits for its tokens, which come in the order of the work."""
@@ -99,12 +120,23 @@ class AttentionWorker:
         """
         if not plan.work:
             return None
+        dispatch = self._dispatch
+        assert dispatch is not None, "an epoch comes before steps"
+        if self._decode is not None and dispatch.is_capturable and self._decode.takes(plan.work):
+            request_idxs = [work.request_idx for work in plan.work]
+            logits_BV, seats_B = self._decode.run(plan.work, self._requests)
+            return self._sample(request_idxs, logits_BV, seats_B)
+        if self._decode is not None:
+            self._decode.tables.grant(plan.work, self._requests)
         inputs, h_TD = self.forward(plan.work)
         if not inputs.sampled:
             return None
         h_BD = h_TD if inputs.sampled_rows_B is None else h_TD.index_select(0, inputs.sampled_rows_B)
-        sampled = self._sampler.sample(self._model.logits(h_BD), list(inputs.sampled))
-        self._requests.remember(inputs.sampled, inputs.memory_rows_B, sampled.token_ids_B)
+        return self._sample(inputs.sampled, self._model.logits(h_BD), inputs.memory_rows_B)
+
+    def _sample(self, request_idxs: Sequence[int], logits_BV: Tensor, memory_rows_B: Tensor) -> SampledBatch:
+        sampled = self._sampler.sample(logits_BV, request_idxs)
+        self._requests.remember(request_idxs, memory_rows_B, sampled.token_ids_B)
         return sampled
 
     @torch.inference_mode()
@@ -112,8 +144,14 @@ class AttentionWorker:
         """Computes at least one piece of work without sampling: the step's inputs and its hidden states h_TD."""
         assert self._builder and self.cache and self._dispatch, "the cache and an epoch come before steps"
         inputs = self._builder.build(work, self._requests)
-        attend = StepAttention(self._attention, self._config, inputs, self.cache)
+        attend = self._attend(inputs, self.cache)
         return inputs, self._model.forward(inputs.ids_T, inputs.positions_T, attend, self._dispatch)
+
+    def _attend(self, inputs: StepInputs, cache: KvCache) -> Attend:
+        mixed = self._mixed
+        if mixed is None:
+            return StepAttention(self._attention, self._config, inputs, cache)
+        return lambda layer, qkv_TQ: mixed.attend(layer, qkv_TQ, inputs)
 
     def take_in(self, plan: RankPlan) -> None:
         """Releases, admits and grants pages, and computes nothing: what happens once, however often a step is run."""
@@ -131,10 +169,14 @@ class AttentionWorker:
         """fp32 [B, V] of rows of `forward`'s hidden states."""
         return self._model.logits(h_BD)
 
+    @torch.inference_mode()
+    def request_expert_tokens(self) -> None:
+        """Has the tokens routed to each expert since the last request counted, as of the steps launched so far."""
+        self._model.request_expert_tokens()
+
     def take_expert_tokens(self) -> dict[int, tuple[int, ...]]:
-        """Tokens routed to each expert since the last call, by layer. Waits for the device."""
-        with torch.inference_mode():
-            return self._model.take_expert_tokens()
+        """What was requested, by layer, if it has come; then it is gone."""
+        return self._model.take_expert_tokens()
 
     def _cache_bytes(self) -> int:
         if self._pipeline.kv_cache_bytes:

@@ -24,6 +24,13 @@ class ExpertCompute(Protocol):
         """
         ...
 
+    def routed(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, scores_TK: Tensor, slot_of_E: Tensor) -> Tensor:
+        """y_TD = sum over k of expert_k(score_k * x) over the experts that `slot_of_E` (int64 [E]) gives a slot.
+
+        An id of -1 is padding; a slot of -1, an expert that is elsewhere: both count as zeros.
+        """
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingTable:
@@ -47,12 +54,16 @@ Receipt = Any
 class Dispatch(Protocol):
     """Moves tokens to experts and results back, by gate score.
 
-    x_TD: [T, D] activations. expert_ids_TK: int64 [T, K], the chosen experts, distinct within a row.
+    x_TD: [T, D] activations. expert_ids_TK: int64 [T, K], the chosen experts, distinct within a row; -1 in all of a
+    padding row's, which only a capturable dispatch is given: it goes nowhere, and its result is not read.
     scores_TK: [T, K], sigmoid scores; the score scales the expert's INPUT. T may be 0.
     `combine` returns y_TD = sum over k of expert_k(score_k * x), in x's dtype.
     Between the two calls the caller may compute what does not depend on the experts (the shared expert).
     Raises RankError when a peer fails or does not answer in time; the epoch is over then.
     """
+
+    is_capturable: bool
+    """Whether all that it does in a step can be captured in a CUDA graph, for steps in which every row is a decode."""
 
     def begin_step(self, tokens_of_rank: tuple[int, ...]) -> None:
         """States the step's tokens of every rank of the epoch, before its first dispatch."""

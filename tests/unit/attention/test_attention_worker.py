@@ -144,9 +144,12 @@ def test_expert_tokens_are_counted_once_and_taken(make_case: Callable) -> None:
     case = make_case("top2")
     model = case.load()
     _begin(model, [case.prompts[0][:13]])
+    model.attention.request_expert_tokens()
     taken = model.attention.take_expert_tokens()
     assert list(taken) == list(model.config.moe_layers)
     assert all(sum(counts) == 13 * 2 for counts in taken.values())
+    assert model.attention.take_expert_tokens() == {}
+    model.attention.request_expert_tokens()
     assert all(not any(counts) for counts in model.attention.take_expert_tokens().values())
 
 
@@ -154,6 +157,7 @@ def test_uniform_routing_loads_all_experts_alike(make_case: Callable) -> None:
     case = make_case("top2")
     model = case.load(routing="uniform")
     model.logits(case.prompts[0][:64])
+    model.attention.request_expert_tokens()
     assert set(model.attention.take_expert_tokens().values()) == {(16,) * 8}
 
 

@@ -1,0 +1,116 @@
+"""Where a decode step's microseconds go: kernels of one captured step, in one process, by torch's profiler.
+
+python -m benchmarks.gpu_profile --shape scout-fp8 --layers 4 --batches 1,32
+"""
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+from actors.attention.local_model import LocalModel
+from actors.config import PipelineConfig
+from actors.types import Admission, RankPlan, SamplingParams, Work
+from benchmarks.gpu_decode import describe_model
+
+GREEDY = SamplingParams(max_tokens=10**6, temperature=0.0)
+
+
+class Decoding:
+    """A batch of requests that decode in step, driven by plans as a rank is."""
+
+    def __init__(self, model: LocalModel, batch: int, context_tokens: int) -> None:
+        self._model = model
+        self._batch = batch
+        self._length = context_tokens
+        model.start_epoch()
+        rng, size = random.Random(batch), model.pools.page_tokens
+        self._size = size
+        self._next_page = 0
+        for idx in range(batch):
+            ids = tuple(rng.randrange(model.config.vocab_size) for _ in range(context_tokens))
+            pages = self._take(-(-context_tokens // size))
+            admission = Admission(request_idx=idx, prompt_ids=ids, output_ids=(), sampling=GREEDY)
+            work = Work(
+                request_idx=idx, start=0, num_tokens=context_tokens, samples=True, global_pages=pages,
+                chunked_pages=pages,
+            )  # fmt: skip
+            model.attention.step(RankPlan(admitted=(admission,), work=(work,)))
+
+    def _take(self, num: int) -> tuple[int, ...]:
+        self._next_page += num
+        return tuple(range(self._next_page - num, self._next_page))
+
+    def launch(self) -> object:
+        """One step, not waited for."""
+        start = self._length
+        work = []
+        for idx in range(self._batch):
+            pages = self._take(1) if start % self._size == 0 else ()
+            work.append(
+                Work(request_idx=idx, start=start, num_tokens=1, samples=True, global_pages=pages, chunked_pages=pages)
+            )
+        plan = RankPlan(work=tuple(work))
+        self._model.attention.take_in(plan)
+        self._length += 1
+        return self._model.attention.launch(plan)
+
+
+def profile(decoding: Decoding, num_steps: int) -> tuple[float, dict[str, tuple[int, float]]]:
+    """Milliseconds per step, and by kernel: launches and microseconds of one step."""
+    for _ in range(3):
+        decoding.launch()
+    torch.cuda.synchronize()
+    began_s = time.perf_counter()
+    for _ in range(num_steps):
+        decoding.launch()
+    torch.cuda.synchronize()
+    step_ms = (time.perf_counter() - began_s) / num_steps * 1e3
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(3):
+            decoding.launch()
+        torch.cuda.synchronize()
+    totals: dict[str, tuple[int, float]] = defaultdict(lambda: (0, 0.0))
+    for event in profiler.events():
+        if event.device_type == torch.profiler.DeviceType.CUDA:
+            count, us = totals[event.name]
+            totals[event.name] = (count + 1, us + event.device_time)
+    return step_ms, {name: (count // 3, us / 3) for name, (count, us) in totals.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="scout-fp8")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--batches", default="1,32")
+    parser.add_argument("--context-tokens", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--kernels", type=int, default=24, help="lines of the table")
+    parser.add_argument("--pipeline", default="{}", help="JSON: more pipeline keys")
+    args = parser.parse_args()
+    batches = [int(b) for b in args.batches.split(",")]
+    with tempfile.TemporaryDirectory() as directory:
+        path = describe_model(Path(directory) / args.shape, args.shape, args.layers)
+        keys = {
+            "load": "dummy", "routing": "uniform", "max_num_seqs": max(batches), "max_model_len": 4096,
+            "kv_cache_bytes": 8 << 30,
+        } | json.loads(args.pipeline)  # fmt: skip
+        began_s = time.perf_counter()
+        model = LocalModel.load(PipelineConfig.parse({"model": str(path), **keys}), torch.device("cuda:0"))
+        print(f"{args.shape}, {args.layers} layers: ready after {time.perf_counter() - began_s:.1f} s", flush=True)
+        for batch in batches:
+            step_ms, kernels = profile(Decoding(model, batch, args.context_tokens), args.steps)
+            busy_us = sum(us for _, us in kernels.values())
+            print(f"\nbatch {batch}: {step_ms:.3f} ms a step, kernels {busy_us / 1e3:.3f} ms")
+            for name, (count, us) in sorted(kernels.items(), key=lambda item: -item[1][1])[: args.kernels]:
+                print(f"{us:9.1f} us {count:5d} x  {name[:110]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Decode steps as the device runs them (without the graph) against the same steps computed row by row."""
+
+import itertools
+import random
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from actors.attention import worker
+from actors.attention.decode import bucket_sizes
+from actors.attention.local_model import LocalModel
+from actors.router.limits import SchedulerLimits
+from actors.router.scheduler import RankPages, Scheduler
+from actors.types import RankPlan, Request, SampledToken, SamplingParams
+
+CHUNK, PAGE, SEATS = 16, 4, 6
+
+
+def plans_of(model: LocalModel, requests: list[Request], answer: Callable[[RankPlan], list[SampledToken]]) -> int:
+    """Runs the requests under the real scheduler, few pages at a time; returns the number of preemptions."""
+    limits = SchedulerLimits(
+        max_model_len=80, max_num_batched_tokens=24, max_num_seqs=SEATS, max_queued_requests=99, page_tokens=PAGE,
+        chunk_tokens=CHUNK, max_steps_in_flight=1,
+    )  # fmt: skip
+    pools = model.pools
+    scheduler = Scheduler(limits, {0: RankPages(min(pools.global_pages, 26), min(pools.chunked_pages, 22))})
+    waiting = list(requests)
+    while waiting or scheduler.has_requests:
+        while waiting and scheduler.load().num_queued < 2:
+            scheduler.submit(waiting.pop(), b"", 0.0)
+        plans = scheduler.schedule(0.0)
+        if plans is not None:
+            scheduler.complete(0, scheduler.load().num_steps, answer(plans[0]))
+    return scheduler.load().num_preemptions
+
+
+@pytest.fixture
+def on_the_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(worker, "captures_decode_steps", lambda *_: True)
+    yield
+
+
+@pytest.mark.parametrize("variant", ["maverick", "scout", "top2"])
+def test_decode_steps_give_the_tokens_of_mixed_steps(
+    make_case: Callable, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random requests under the real scheduler: admissions, chunks that turn, preemption, seats used again."""
+    case = make_case(variant)
+    plain = case.load(max_num_seqs=SEATS, max_model_len=80)
+    monkeypatch.setattr(worker, "captures_decode_steps", lambda *_: True)
+    ours = case.load(max_num_seqs=SEATS, max_model_len=80)
+    decode = ours.attention._decode
+    assert decode is not None and plain.attention._decode is None
+    runs = 0
+    original = decode.run
+
+    def counted(*args: object) -> object:
+        nonlocal runs
+        runs += 1
+        return original(*args)  # type: ignore[arg-type]
+
+    decode.run = counted  # type: ignore[method-assign, assignment]
+    draw = random.Random(3)
+    requests = [
+        Request(
+            request_id=str(i),
+            prompt_ids=case.prompts[i % 3][: draw.choice((1, 3, 15, 16, 17, 40))],
+            sampling=SamplingParams(
+                max_tokens=draw.choice((1, 20, 35)), temperature=draw.choice((0.0, 0.8)), seed=i,
+                repetition_penalty=draw.choice((1.0, 1.2)),
+            ),
+        )
+        for i in range(14)
+    ]  # fmt: skip
+
+    def answer(plan: RankPlan) -> list[SampledToken]:
+        expected = plain.attention.step(plan)
+        assert ours.attention.step(plan) == expected
+        return expected
+
+    assert plans_of(plain, requests, answer) > 0, "the pages were to run out"
+    assert runs > 30
+
+
+@pytest.mark.usefixtures("on_the_device")
+def test_padding_rows_change_nothing(make_case: Callable) -> None:
+    """A batch of 5 runs as 8 rows: keys, page tables and counts of tokens by expert are those of 5."""
+    case = make_case("maverick")
+    model = case.load(max_num_seqs=8, max_model_len=80)
+    requests = [
+        Request(request_id=str(i), prompt_ids=case.prompts[0][: 9 + i], sampling=SamplingParams(max_tokens=4))
+        for i in range(5)
+    ]
+    num_tokens = 0
+
+    def answer(plan: RankPlan) -> list[SampledToken]:
+        nonlocal num_tokens
+        num_tokens += sum(work.num_tokens for work in plan.work)
+        return model.attention.step(plan)
+
+    plans_of(model, requests, answer)
+    model.attention.request_expert_tokens()
+    assert all(sum(counts) == num_tokens for counts in model.attention.take_expert_tokens().values())
+
+
+def test_the_buckets_hold_every_batch() -> None:
+    for most in (1, 2, 3, 8, 100, 256, 700):
+        sizes = bucket_sizes(most)
+        assert sizes == sorted(set(sizes)) and sizes[-1] == most
+        assert all(b <= 2 * a or b - a <= 8 for a, b in itertools.pairwise(sizes))
+    assert torch.tensor(bucket_sizes(256)).diff().max() <= 16
