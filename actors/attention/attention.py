@@ -6,11 +6,12 @@ values are never repeated for grouped queries. This is plain torch, for every de
 is in `decode.py` and `mixed.py`.
 """
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the name that everybody knows)
 
 from actors.attention.batch import StepInputs
-from actors.attention.kv_cache import KvCache, LayerCache
+from actors.attention.kv_cache import KvCache, LayerCache, as_cached, as_integers
 from actors.attention.norm import rms_norm
 from actors.attention.page_groups import DecodeGroup, GroupInputs, PageRun, Run, bottom_right_mask
 from actors.attention.rope import rotate_
@@ -40,8 +41,8 @@ class Attention:
             self._rotate(qkv_THd, inputs)
         else:
             self._temper(qkv_THd, inputs)
-        kv_THd = qkv_THd[:, self._num_heads :]
-        cache.tokens_NHd.index_copy_(0, group.write_slots_T, kv_THd)
+        kv_THd = as_cached(qkv_THd[:, self._num_heads :], cache.pages_PSHd.dtype)
+        cache.write(group.write_slots_T, kv_THd)
         # Query head h reads kv head h // G.
         q_THd = qkv_THd[:, : self._num_heads]
         q_TKGd = q_THd.view(-1, self._num_kv_heads, self._queries_per_kv, self._head_dim)
@@ -71,7 +72,7 @@ class Attention:
 
     def _decode(self, q_BKGd: Tensor, decode: DecodeGroup, cache: LayerCache) -> Tensor:
         """The queries that share a kv head stand where a sequence's positions would: they read the same keys."""
-        kv_BLHd = _read_pages(cache, decode.pages, decode.num_rows)[:, : decode.num_keys]
+        kv_BLHd = _read_pages(cache, decode.pages, decode.num_rows, q_BKGd.dtype)[:, : decode.num_keys]
         k_BKLd = kv_BLHd[:, :, : self._num_kv_heads].transpose(1, 2)
         v_BKLd = kv_BLHd[:, :, self._num_kv_heads :].transpose(1, 2)
         out_BKGd = F.scaled_dot_product_attention(q_BKGd, k_BKLd, v_BKLd, attn_mask=decode.mask_B11L)
@@ -79,7 +80,8 @@ class Attention:
 
     def _run(self, q_QKGd: Tensor, kv_QHd: Tensor, run: Run, cache: LayerCache) -> Tensor:
         """kv heads stand where a batch would, and each one's keys are seen by its G query heads through stride 0."""
-        kv_LHd = kv_QHd if run.pages is None else _read_pages(cache, run.pages, 1)[0, : run.num_keys]
+        pages = run.pages
+        kv_LHd = kv_QHd if pages is None else _read_pages(cache, pages, 1, kv_QHd.dtype)[0, : run.num_keys]
         kv_HLd = kv_LHd.transpose(0, 1)
         shape = (self._num_kv_heads, self._queries_per_kv, run.num_keys, self._head_dim)
         out_KGQd = F.scaled_dot_product_attention(
@@ -106,7 +108,7 @@ class StepAttention:
             (inputs.chunked_inputs, cache.chunked_LPSHd),
         ):
             if group is not None and group.fresh_pages_N is not None:
-                pages_LPSHd.index_fill_(1, group.fresh_pages_N, 0)
+                as_integers(pages_LPSHd).index_fill_(1, group.fresh_pages_N, 0)
 
     def __call__(self, layer: int, qkv_TQ: Tensor) -> Tensor:
         inputs, config = self._inputs, self._config
@@ -121,10 +123,10 @@ def _run_mask(run: Run, like: Tensor) -> Tensor | None:
     return bottom_right_mask(run.num_queries, run.num_keys, like.dtype, like.device)
 
 
-def _read_pages(cache: LayerCache, pages: PageRun, num_rows: int) -> Tensor:
+def _read_pages(cache: LayerCache, pages: PageRun, num_rows: int, dtype: torch.dtype) -> Tensor:
     """[num_rows, tokens of the pages, 2 Hkv, head_dim]: a view where the pages lie together, else a copy."""
     if pages.first is not None:
-        pages_PSHd = cache.pages_PSHd[pages.first : pages.first + pages.num_pages]
+        pages_PSHd = cache.pages_PSHd[pages.first : pages.first + pages.num_pages].to(dtype)
     else:
-        pages_PSHd = cache.flat_PN.index_select(0, pages.ids_N).view(-1, *cache.pages_PSHd.shape[1:])
+        pages_PSHd = cache.read(pages.ids_N, dtype)
     return pages_PSHd.view(num_rows, -1, *pages_PSHd.shape[2:])

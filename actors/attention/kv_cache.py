@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from actors.checkpoint.config import ModelConfig
+from actors.config import KvDType
 from actors.errors import ConfigError
 
+FP8_MAX = 448.0  # largest finite float8_e4m3fn
 EXPECTED_CHUNKS = 4  # pools are balanced for requests of this many chunks, or of max_model_len if that is less
 
 
@@ -79,12 +81,24 @@ def _request_bytes(
     return _num_pages(num_tokens, page_tokens) * global_bytes + _num_pages(live_tokens, page_tokens) * chunked_bytes
 
 
+def cache_dtype(dtype: torch.dtype, name: KvDType) -> torch.dtype:
+    """What keys and values are kept in, under `kv_cache_dtype`."""
+    return torch.float8_e4m3fn if name == "fp8" else dtype
+
+
+def as_cached(kv_THd: Tensor, dtype: torch.dtype) -> Tensor:
+    """What reading gives for what is written: rounded to fp8 (saturated, scale 1) and back, where that is `dtype`."""
+    if dtype != torch.float8_e4m3fn:
+        return kv_THd
+    return kv_THd.clamp(-FP8_MAX, FP8_MAX).to(dtype).to(kv_THd.dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class LayerCache:
     """One layer's pages. Keys and values of a token lie side by side, so that one copy writes or gathers both.
 
     `pages_PSHd`: [pages, page_tokens, 2 * Hkv, head_dim], keys in the first Hkv heads. `flat_PN` and `tokens_NHd`
-    are views of the same memory, by page and by token.
+    are views of the same memory, by page and by token; `flat_PN` as integers where it is fp8, which cannot be gathered.
     """
 
     pages_PSHd: Tensor
@@ -93,7 +107,21 @@ class LayerCache:
 
     @staticmethod
     def over(pages_PSHd: Tensor) -> "LayerCache":
-        return LayerCache(pages_PSHd, pages_PSHd.flatten(1), pages_PSHd.flatten(0, 1))
+        return LayerCache(pages_PSHd, as_integers(pages_PSHd).flatten(1), pages_PSHd.flatten(0, 1))
+
+    def write(self, slots_T: Tensor, kv_THd: Tensor) -> None:
+        """Puts keys and values, which `as_cached` has rounded, at page * page_tokens + offset."""
+        as_integers(self.tokens_NHd).index_copy_(0, slots_T, as_integers(kv_THd.to(self.tokens_NHd.dtype)))
+
+    def read(self, page_ids_N: Tensor, dtype: torch.dtype) -> Tensor:
+        """[N, page_tokens, 2 * Hkv, head_dim]: a copy of pages."""
+        pages_NSHd = self.flat_PN.index_select(0, page_ids_N).view(-1, *self.pages_PSHd.shape[1:])
+        return pages_NSHd.view(self.pages_PSHd.dtype).to(dtype)
+
+
+def as_integers(values: Tensor) -> Tensor:
+    """fp8 as the bytes that it is, for what torch cannot do with fp8; anything else as it is."""
+    return values.view(torch.uint8) if values.dtype == torch.float8_e4m3fn else values
 
 
 class KvCache:

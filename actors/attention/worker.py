@@ -13,7 +13,7 @@ from torch import Tensor
 from actors.attention.attention import Attention, StepAttention
 from actors.attention.batch import BatchBuilder, StepInputs
 from actors.attention.decode import DecodeSteps
-from actors.attention.kv_cache import KvCache, PagePools, fit_page_tokens, plan_pages
+from actors.attention.kv_cache import KvCache, PagePools, cache_dtype, fit_page_tokens, plan_pages
 from actors.attention.mixed import MixedAttention
 from actors.attention.model import Attend, AttentionModel
 from actors.attention.requests import RequestTable
@@ -77,8 +77,9 @@ class AttentionWorker:
         """Takes the memory for keys and values: on a GPU what the weights left. Raises ConfigError if there is none."""
         page_tokens = fit_page_tokens(self._config, self._pipeline.page_tokens)
         longest_tokens = self._pipeline.max_model_len or self._config.max_position_embeddings
-        pools = plan_pages(self._config, page_tokens, self._cache_bytes(), longest_tokens, self._dtype.itemsize)
-        self.cache = KvCache(self._config, pools, self._dtype, self._device)
+        kept = cache_dtype(self._dtype, self._pipeline.kv_cache_dtype)
+        pools = plan_pages(self._config, page_tokens, self._cache_bytes(), longest_tokens, kept.itemsize)
+        self.cache = KvCache(self._config, pools, kept, self._device)
         if is_available(self._device, self._dtype, self._config.head_dim):
             self._mixed = MixedAttention(self._config, self.cache, self._dtype, self._device)
             builders = self._mixed.global_builder, self._mixed.chunked_builder
