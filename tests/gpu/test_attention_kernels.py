@@ -1,0 +1,129 @@
+"""The attention-side kernels on a GPU against slow answers, references and torch's dense attention."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 (the name that everybody knows)
+from unit.kernels import attention_cases as cases
+
+from actors.kernels import decode_attention
+from actors.kernels.decode_attention import DecodeContext, DecodeScratch, SplitPlan
+from actors.kernels.decode_inputs import PageTable
+from actors.kernels.heads import Heads
+from actors.kernels.prefill_attention import PagedPrefill, PrefillRun, is_available
+
+pytestmark = pytest.mark.gpu
+
+CUDA = torch.device("cuda")
+BF16, FP16, FP32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("num_deltas", [0, 1, 2])
+@pytest.mark.parametrize(("dtype", "width"), [(FP32, 96), (BF16, 96), (BF16, 5120), (FP16, 16384)])
+@pytest.mark.parametrize("num_rows", [0, 1, 33])
+def test_norm(dtype: torch.dtype, width: int, num_deltas: int, num_rows: int) -> None:
+    cases.check_norm(cases.PUBLIC, CUDA, dtype, num_rows, width, num_deltas)
+
+
+@pytest.mark.parametrize("rotates", [False, True])
+@pytest.mark.parametrize("shape", [cases.TINY, cases.SCOUT, cases.SCOUT_QUARTER])
+@pytest.mark.parametrize(("dtype", "cache_dtype"), [(FP32, FP32), (BF16, BF16), (FP16, FP16), (BF16, FP8)])
+@pytest.mark.parametrize("num_tokens", [0, 1, 19])
+def test_heads(dtype: torch.dtype, cache_dtype: torch.dtype, shape: Heads, num_tokens: int, rotates: bool) -> None:
+    cases.check_heads(cases.PUBLIC, CUDA, dtype, cache_dtype, shape, num_tokens, rotates)
+
+
+@pytest.mark.parametrize(("dtype", "cache_dtype"), [(FP32, FP32), (BF16, BF16), (FP16, FP16), (BF16, FP8)])
+@pytest.mark.parametrize("shape", [cases.TINY, cases.SCOUT_QUARTER])
+@pytest.mark.parametrize(
+    "case",
+    [
+        cases.DecodeCase(positions=(0, 37, -1, 127, 64)),
+        cases.DecodeCase(positions=(200, 3), page_tokens=32),
+        cases.DecodeCase(positions=(63, 64, 700, 100), chunk_tokens=64, table_width=5),
+    ],
+)
+def test_decode(dtype: torch.dtype, cache_dtype: torch.dtype, shape: Heads, case: cases.DecodeCase) -> None:
+    cases.check_decode(cases.PUBLIC, CUDA, dtype, cache_dtype, shape, case)
+
+
+def long_context(num_rows: int, num_tokens: int, shape: Heads, num_pages: int, far: bool) -> tuple[Tensor, PageTable]:
+    """Pages of bf16 noise, the last of the pool where `far`, in random order."""
+    width = -(-num_tokens // 16)
+    used = torch.randperm(num_rows * width, device=CUDA) + (num_pages - num_rows * width if far else 0)
+    pages_PSHd = torch.empty(num_pages, 16, 2 * shape.num_kv_heads, shape.head_dim, dtype=BF16, device=CUDA)
+    pages_PSHd[used] = torch.randn(len(used), *pages_PSHd.shape[1:], dtype=BF16, device=CUDA)
+    return pages_PSHd, PageTable(pages_SW=used.view(num_rows, width).int(), page_tokens=16)
+
+
+@pytest.mark.parametrize("plan", [None, SplitPlan(count=1, least_keys=1), SplitPlan(count=64, least_keys=1)])
+def test_decode_of_long_contexts_far_into_the_pool(plan: SplitPlan | None) -> None:
+    """Offsets beyond 32 bits, rows of very different lengths, and every number of splits."""
+    shape, lengths = cases.SCOUT, [1, 64, 65, 1000, 9000, 40000]
+    num_pages = (1 << 31) // (16 * 16 * 128) + len(lengths) * 2500 + 1
+    pages_PSHd, table = long_context(len(lengths), max(lengths), shape, num_pages, far=True)
+    context = DecodeContext(
+        seats_B=torch.arange(len(lengths), dtype=torch.int32, device=CUDA),
+        positions_B=torch.tensor(lengths, device=CUDA) - 1,
+        table=table,
+        chunk_tokens=0,
+    )
+    q_BHd = torch.randn(len(lengths), shape.num_heads, 128, dtype=BF16, device=CUDA)
+    scratch = DecodeScratch(shape, 66, CUDA)  # room for 64 splits of each row
+    got_BA = decode_attention._with_triton(q_BHd, pages_PSHd, context, shape, scratch, splits=plan)
+    expected_BA = decode_attention._with_torch(q_BHd, pages_PSHd, context, shape)
+    torch.testing.assert_close(got_BA, expected_BA, rtol=2e-2, atol=4e-3)
+
+
+def test_decode_graph_serves_every_length() -> None:
+    shape = cases.SCOUT_QUARTER
+    pages_PSHd, table = long_context(8, 4096, shape, 8 * 256, far=False)
+    seats_B = torch.arange(8, dtype=torch.int32, device=CUDA)
+    context = DecodeContext(
+        seats_B=seats_B, positions_B=torch.zeros(8, dtype=torch.int64, device=CUDA), table=table, chunk_tokens=0
+    )
+    q_BHd = torch.randn(8, shape.num_heads, 128, dtype=BF16, device=CUDA)
+    scratch = DecodeScratch(shape, 8, CUDA)
+    decode_attention.decode_attention(q_BHd, pages_PSHd, context, shape, scratch)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out_BA = decode_attention.decode_attention(q_BHd, pages_PSHd, context, shape, scratch)
+    steps = [
+        ([4095, 0, 17, 900, 63, 64, 65, 2000], list(range(8))),
+        ([5, 6, 0, 0, 0, 0, 0, 0], [7, 3] + 6 * [-1]),
+    ]
+    for positions, seats in steps:
+        context.positions_B.copy_(torch.tensor(positions))
+        seats_B.copy_(torch.tensor(seats))
+        graph.replay()
+        expected_BA = decode_attention._with_torch(q_BHd, pages_PSHd, context, shape)
+        torch.testing.assert_close(out_BA, expected_BA, rtol=2e-2, atol=4e-3)
+
+
+@pytest.mark.parametrize("shape", [cases.SCOUT, cases.SCOUT_QUARTER])
+@pytest.mark.parametrize(("dtype", "cache_dtype"), [(BF16, BF16), (BF16, FP8)])
+def test_prefill(shape: Heads, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
+    if not is_available(CUDA, dtype, shape.head_dim):
+        pytest.skip("FlashInfer is not installed")
+    pages_PSHd, table = long_context(4, 1024, shape, 4 * 64, far=False)
+    pages_PSHd = pages_PSHd.to(cache_dtype)
+    sizes = [(300, 300), (1, 77), (200, 1000), (16, 32)]
+    tables = table.pages_SW.cpu().numpy()
+    runs = [PrefillRun(num_queries=q, num_keys=n, page_ids_N=ids) for (q, n), ids in zip(sizes, tables, strict=True)]
+    qkv_THd = torch.randn(sum(q for q, _ in sizes), shape.num_heads + 3, 128, dtype=dtype, device=CUDA)
+    q_THd = qkv_THd[:, : shape.num_heads]
+    prefill = PagedPrefill(shape, 16, dtype, cache_dtype)
+    prefill.start(CUDA)
+    prefill.plan(runs[::-1])  # what is planned last counts
+    prefill.plan(runs)
+    out_TA = prefill.run(q_THd, pages_PSHd)
+    low = 0
+    for seat, (num_queries, num_keys) in enumerate(sizes):
+        kv_HLd = pages_PSHd[table.pages_SW[seat].long()].flatten(0, 1)[:num_keys].to(dtype).transpose(0, 1)
+        k_HLd, v_HLd = (x.repeat_interleave(shape.queries_per_kv, 0) for x in kv_HLd.split(shape.num_kv_heads))
+        sees_QL = torch.ones(num_queries, num_keys, dtype=torch.bool, device=CUDA).tril(num_keys - num_queries)
+        q_HQd = q_THd[low : low + num_queries].transpose(0, 1)
+        expected_HQd = F.scaled_dot_product_attention(q_HQd, k_HLd, v_HLd, attn_mask=sees_QL)
+        got_TA = out_TA[low : low + num_queries]
+        torch.testing.assert_close(got_TA, expected_HQd.transpose(0, 1).flatten(1), rtol=2e-2, atol=2e-2)
+        low += num_queries

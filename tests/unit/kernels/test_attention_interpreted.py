@@ -1,0 +1,83 @@
+"""The Triton kernels of the attention side, run by Triton's interpreter, give the slow answers.
+
+Triton reads TRITON_INTERPRET when kernels are defined, so they are defined in a process of their own. Casts to bf16
+and float8 are left to the tests on a GPU: the interpreter truncates the one, and loses a carry in the other.
+"""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import attention_cases as cases
+import pytest
+import torch
+from torch import Tensor
+
+from actors.kernels import decode_attention, heads, norm
+from actors.kernels.decode_attention import SplitPlan, Tile
+from actors.kernels.triton_here import HAS_TRITON
+
+CPU = torch.device("cpu")
+FP8 = torch.float8_e4m3fn
+FP16, FP32 = torch.float16, torch.float32
+LENGTHS = cases.DecodeCase(positions=(0, 37, -1, 79, 16))
+RING = cases.DecodeCase(positions=(63, 64, 700, 100), chunk_tokens=64, table_width=5)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+def test_kernels_in_the_interpreter() -> None:
+    done = subprocess.run(
+        [sys.executable, __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=Path(__file__).parents[3],
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _let_ranges_have_tensor_bounds() -> None:
+    """Triton 3.6 turns loop bounds into ints in a way that numpy refuses since 2.4."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor: type, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_and_mend
+
+
+def main() -> None:
+    _let_ranges_have_tensor_bounds()
+    for dtype, num_deltas in ((FP32, 0), (FP16, 1), (FP16, 2)):
+        cases.check_norm(_with_triton(), CPU, dtype, 2, 96, num_deltas)
+    for dtype, rotates in ((FP32, True), (FP16, True), (FP16, False)):
+        cases.check_heads(_with_triton(), CPU, dtype, dtype, cases.TINY, 4, rotates)
+    for case in (LENGTHS, RING):
+        for splits in (SplitPlan(count=1, least_keys=1), SplitPlan(count=3, least_keys=1)):
+            cases.check_decode(_with_triton(splits), CPU, FP32, FP32, cases.TINY, case)
+    cases.check_decode(_with_triton(SplitPlan(count=4, least_keys=32)), CPU, FP16, FP8, cases.TINY, LENGTHS)
+
+
+def _add_rms_norm(h_TD: Tensor, deltas: list[Tensor | None], weight_D: Tensor, eps: float) -> Tensor:
+    return norm._with_triton(h_TD, [delta for delta in deltas if delta is not None], weight_D, eps)
+
+
+def _with_triton(splits: SplitPlan | None = None) -> cases.Implementation:
+    tile = Tile(keys=16, warps=4, stages=1)
+    return cases.Implementation(
+        add_rms_norm=_add_rms_norm,
+        store_heads=heads._with_triton,
+        decode=partial(decode_attention._with_triton, tile=tile, splits=splits),
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
