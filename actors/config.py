@@ -11,9 +11,12 @@ import msgspec
 
 from actors.errors import ConfigError
 
+MIN_SLOW_RANK_FACTOR = 2.0  # what differs by less is noise, or another mixture of work
+
 Layout = Literal["auto", "single", "colocated", "disaggregated"]
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+KvDType = Literal["auto", "fp8"]
 Load = Literal["checkpoint", "dummy"]
 Routing = Literal["model", "uniform"]
 
@@ -32,6 +35,7 @@ class PipelineConfig:
     layout: Layout = "auto"
     attention_ranks: int = 1
     expert_ranks: int = 1
+    attention_tp: int = 1  # ranks that share one attention, each with a part of its heads, FFN widths and head
     expert_replicas: int = 1  # copies of every expert, on different ranks
     expert_slots: int = 0  # per layer on each expert rank, spare ones included; 0 is what the fewest ranks need
     device: Device = "auto"
@@ -41,7 +45,7 @@ class PipelineConfig:
 
     dtype: DType = "auto"  # compute dtype of unquantized weights; auto is the checkpoint's
     load: Load = "checkpoint"  # dummy: random weights on the device, for benchmarks at full size
-    routing: Routing = "model"  # uniform: benchmarks only, experts by token position instead of by score
+    routing: Routing = "model"  # uniform: benchmarks only, experts at random instead of by score
 
     max_model_len: int = 0  # tokens of prompt + output; 0 is the model's own limit, or what the KV cache holds
     max_num_batched_tokens: int = 2048  # tokens of one step, all attention ranks' prefill and decode together
@@ -50,6 +54,8 @@ class PipelineConfig:
     page_tokens: int = 16
     kv_cache_bytes: int = 0  # per attention rank; 0: on GPU what gpu_memory_utilization leaves, on CPU 256 MiB
     gpu_memory_utilization: float = 0.9
+    kv_cache_dtype: KvDType = "auto"  # fp8: half the bytes, float8_e4m3fn without scales
+    enforce_eager: bool = False  # no CUDA graphs
 
     step_timeout_s: float = 10.0  # a step that takes longer has lost a rank
     group_timeout_s: float = 5.0  # one collective operation
@@ -67,8 +73,8 @@ class PipelineConfig:
         return config
 
     def _check_bounds(self) -> None:
-        for key in ("attention_ranks", "expert_ranks", "expert_replicas", "max_num_batched_tokens", "max_num_seqs",
-                    "page_tokens"):  # fmt: skip
+        for key in ("attention_ranks", "expert_ranks", "attention_tp", "expert_replicas", "max_num_batched_tokens",
+                    "max_num_seqs", "page_tokens"):  # fmt: skip
             if getattr(self, key) < 1:
                 raise ConfigError(key, "must be at least 1")
         for key in ("threads_per_rank", "max_model_len", "max_queued_requests", "kv_cache_bytes", "expert_slots"):
@@ -105,15 +111,20 @@ class ScalingConfig:
     rebalance: bool = True  # give hot experts more replicas
     rebalance_interval_s: float = 10.0  # least time between two changes for the sake of balance
     rebalance_gain: float = 0.1  # least fall of the busiest rank's share that is worth a change
+    slow_rank_factor: float = 4.0  # a rank whose part of a step takes so many times its peers' is replaced; 0: never
+    slow_rank_s: float = 15.0  # for how long it must do so
 
     @staticmethod
     def parse(values: dict[str, Any]) -> "ScalingConfig":
         """Builds a config from plain data. Raises ConfigError on an unknown key or a value out of bounds."""
         config: ScalingConfig = _convert(values, ScalingConfig)
         for key in ("min_experts", "max_experts", "min_attention", "max_attention", "upscale_delay_s",
-                    "downscale_delay_s", "target_step_ms", "rebalance_interval_s", "rebalance_gain"):  # fmt: skip
+                    "downscale_delay_s", "target_step_ms", "rebalance_interval_s", "rebalance_gain",
+                    "slow_rank_s"):  # fmt: skip
             if getattr(config, key) < 0:
                 raise ConfigError(key, "must not be negative")
+        if config.slow_rank_factor and config.slow_rank_factor < MIN_SLOW_RANK_FACTOR:
+            raise ConfigError("slow_rank_factor", f"must be 0 or at least {MIN_SLOW_RANK_FACTOR:g}")
         for low, high in (("min_experts", "max_experts"), ("min_attention", "max_attention")):
             if 0 < getattr(config, high) < getattr(config, low):
                 raise ConfigError(high, f"must be at least {low}, which is {getattr(config, low)}")

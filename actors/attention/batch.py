@@ -7,9 +7,10 @@ attention reads and writes is `page_groups.py`'s.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -34,6 +35,7 @@ class StepInputs:
     sampled_rows_B: Tensor | None  # None: all rows, in order
     sampled: tuple[int, ...]  # request indices, in the order of the work
     memory_rows_B: Tensor  # where the sampled tokens are to be remembered
+    single_seats_B: Tensor  # int32: memory rows of the rows of one token, which come first
 
 
 class Builder(Protocol):
@@ -89,6 +91,9 @@ class BatchBuilder:
             chunked_inputs=self._group_inputs(self._chunked, ordered, chunked=True),
             sampled_rows_B=self._sampled_rows([row.first + row.work.num_tokens - 1 for row in sampled], len(positions)),
             sampled=tuple(row.work.request_idx for row in sampled),
+            single_seats_B=self._upload(
+                np.array([row.state.memory_row for row in ordered if row.work.num_tokens == 1], dtype=np.int32)
+            ),
             memory_rows_B=self._upload(np.array([row.state.memory_row for row in sampled], dtype=np.int64)),
         )
 
@@ -122,7 +127,7 @@ class BatchBuilder:
     def _sampled_rows(self, rows: list[int], num_tokens: int) -> Tensor | None:
         return None if rows == list(range(num_tokens)) else self._upload(np.array(rows, dtype=np.int64))
 
-    def _upload(self, values: Ids) -> Tensor:
+    def _upload(self, values: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)
 
 

@@ -1,8 +1,7 @@
 """Steps in which every request computes one token: captured in CUDA graphs, one per number of rows.
 
-Owns what the device remembers of each seat (its page tables), the static inputs of such a step, and the graphs. The
-host writes a few numbers per request and launches one graph; lengths, pages and tokens are read on the device. Knows
-nothing of sampling, nor of what a step with prompts computes.
+Owns the static inputs of such a step, and the graphs. The host writes a few numbers per request and launches one graph;
+lengths, pages and tokens are read on the device. Knows nothing of sampling, nor of what a step with prompts computes.
 """
 
 import itertools
@@ -15,13 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.attention.kv_cache import KvCache
+from actors.attention.kernel_attention import KernelAttention, Singles
 from actors.attention.model import AttentionModel
 from actors.attention.requests import RequestTable
 from actors.attention.rope import inverse_frequencies
 from actors.checkpoint.config import ModelConfig
 from actors.dispatch.contract import Dispatch
-from actors.kernels.decode_attention import DecodeContext, DecodeScratch, decode_attention
 from actors.kernels.decode_inputs import (
     CHUNKED_PAGE,
     GLOBAL_PAGE,
@@ -30,11 +28,9 @@ from actors.kernels.decode_inputs import (
     SEAT,
     TOKEN,
     DecodeRows,
-    PageTable,
     RotaryScales,
     fill_decode_rows,
 )
-from actors.kernels.heads import Heads, store_heads
 from actors.types import Work
 
 log = logging.getLogger("corral.attention")
@@ -53,47 +49,6 @@ def bucket_sizes(max_rows: int) -> list[int]:
     return [*sizes, max_rows]
 
 
-class SeatTables:
-    """Page tables of every seat on the device, for both groups. A chunked table holds one chunk and is a ring."""
-
-    def __init__(self, config: ModelConfig, cache: KvCache, num_seats: int, max_model_len: int) -> None:
-        pools, device = cache.pools, cache.global_LPSHd.device
-        longest = min(-(-max_model_len // pools.page_tokens), pools.global_pages) if config.global_layers else 0
-        chunk = config.chunk_tokens // pools.page_tokens if config.chunked_layers else 0
-        self.global_table = self._make(num_seats, longest, pools.page_tokens, device)
-        self.chunked_table = self._make(num_seats, chunk, pools.page_tokens, device)
-
-    @staticmethod
-    def _make(num_seats: int, width: int, page_tokens: int, device: torch.device) -> PageTable | None:
-        if not width:
-            return None
-        pages_SW = torch.zeros(num_seats, width, dtype=torch.int32, device=device)
-        return PageTable(pages_SW=pages_SW, page_tokens=page_tokens)
-
-    def grant(self, work: Sequence[Work], requests: RequestTable) -> None:
-        """Enters the pages that work brings, which the requests' own tables have already."""
-        rows = [(requests[item.request_idx], item) for item in work]
-        _enter(self.global_table, [(s.memory_row, s.global_table.num_pages, w.global_pages) for s, w in rows])
-        _enter(self.chunked_table, [(s.memory_row, s.chunked_table.num_pages, w.chunked_pages) for s, w in rows])
-
-
-def _enter(table: PageTable | None, grants: Sequence[tuple[int, int, Sequence[int]]]) -> None:
-    """Each grant is a seat, its number of pages now, and the last of them."""
-    if table is None:
-        return
-    width = table.pages_SW.shape[1]
-    places: list[int] = []
-    pages: list[int] = []
-    for seat, num_pages, granted in grants:
-        kept = granted[-width:]
-        pages += kept
-        places += [seat * width + number % width for number in range(num_pages - len(kept), num_pages)]
-    if pages:
-        both_2N = torch.tensor([places, pages], dtype=torch.int64, pin_memory=table.pages_SW.is_cuda)
-        places_N, pages_N = both_2N.to(table.pages_SW.device, non_blocking=True)
-        table.pages_SW.view(-1).index_copy_(0, places_N, pages_N.int())
-
-
 class DecodeSteps:
     """Runs decode steps of at most `max_rows` requests. On a CPU the same is computed without a graph.
 
@@ -104,27 +59,20 @@ class DecodeSteps:
         self,
         model: AttentionModel,
         config: ModelConfig,
-        cache: KvCache,
+        attention: KernelAttention,
         max_rows: int,
-        max_model_len: int,
         device: torch.device,
     ) -> None:
-        self.tables = SeatTables(config, cache, max_rows, max_model_len)
         self._model = model
-        self._config = config
-        self._cache = cache
-        self._heads = Heads(
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            qk_norm_eps=config.rms_norm_eps if config.use_qk_norm else None,
-        )
-        self._scratch = DecodeScratch(self._heads, max_rows, device)
+        self._attention = attention
         self._device = device
         self._max_rows = max_rows
-        frequencies_R = inverse_frequencies(config, device)
+        self._config = config
+        self._page_tokens = attention.tables.page_tokens
         floor_scale = config.floor_scale if config.temperature_tuning else 0
-        self._scales = RotaryScales(frequencies_R=frequencies_R, floor_scale=floor_scale, attn_scale=config.attn_scale)
+        self._scales = RotaryScales(
+            frequencies_R=inverse_frequencies(config, device), floor_scale=floor_scale, attn_scale=config.attn_scale
+        )
         self._packed_FB = torch.full((NUM_FIELDS, max_rows), NOTHING, dtype=torch.int32, device=device)
         self._on_host = [
             torch.full((NUM_FIELDS, max_rows), NOTHING, dtype=torch.int32, pin_memory=device.type == "cuda")
@@ -170,7 +118,7 @@ class DecodeSteps:
         return self._logits_BV[:num_rows], rows.seats_B[:num_rows].long()
 
     def _write(self, fields: Fields, work: Sequence[Work], requests: RequestTable, size: int) -> None:
-        page_tokens, num_rows = self._cache.pools.page_tokens, len(work)
+        page_tokens, num_rows = self._page_tokens, len(work)
         columns = []
         for item in work:
             state, start = requests[item.request_idx], item.start
@@ -188,7 +136,7 @@ class DecodeSteps:
     def _forward(self, size: int) -> DecodeRows:
         assert self._dispatch is not None, "an epoch comes before steps"
         rows = DecodeRows.empty(size, len(self._scales.frequencies_R), self._device)
-        tables = self.tables
+        tables = self._attention.tables
         fill_decode_rows(
             rows, self._packed_FB, self._last_tokens_S, tables.global_table, tables.chunked_table, self._scales
         )
@@ -201,28 +149,11 @@ class DecodeSteps:
         return rows
 
     def _attend(self, layer: int, qkv_BQ: Tensor, rows: DecodeRows) -> Tensor:
-        config, cache, heads = self._config, self._cache.layers[layer], self._heads
-        is_chunked = config.is_chunked(layer)
-        table = self.tables.chunked_table if is_chunked else self.tables.global_table
-        assert table is not None, "a layer belongs to a group that has pages"
-        rotates = layer in config.rope_layers
-        tempers = self._scales.floor_scale > 0 and not rotates
-        store_heads(
-            qkv_BQ,
-            cache.tokens_NHd,
-            rows.chunked_slots_B if is_chunked else rows.global_slots_B,
-            heads,
-            rows.rotations_BR2 if rotates else None,
-            rows.temperatures_B if tempers else None,
-        )
-        context = DecodeContext(
-            seats_B=rows.seats_B,
-            positions_B=rows.positions_B,
-            table=table,
-            chunk_tokens=config.chunk_tokens if is_chunked else 0,
-        )
-        q_BHd = qkv_BQ.view(len(qkv_BQ), -1, config.head_dim)[:, : heads.num_heads]
-        return decode_attention(q_BHd, cache.pages_PSHd, context, heads, self._scratch)
+        is_chunked = self._config.is_chunked(layer)
+        slots_B = rows.chunked_slots_B if is_chunked else rows.global_slots_B
+        singles = Singles(seats_B=rows.seats_B, positions_B=rows.positions_B)
+        self._attention.store(layer, qkv_BQ, slots_B, rows.rotations_BR2, rows.temperatures_B)
+        return self._attention.attend_singles(layer, qkv_BQ, singles)
 
     def _capture_all(self) -> None:
         """Largest first, so that the others fit into the memory that it took."""

@@ -1,7 +1,8 @@
-"""Steps with prompts on a GPU: attention of all rows by FlashInfer, planned once per step and page group.
+"""Steps with prompts on a GPU: attention of longer pieces by FlashInfer, planned once per step and page group.
 
-Owns how a step's pieces become the runs that it is planned with. Used where its kernels fit the model and its dtype;
-elsewhere `attention.py` serves such steps too. Knows nothing of weights.
+Owns how pieces become the runs that it is planned with; rows of one token take the path of decode steps, which reads
+each key once for all queries that share it. Used where FlashInfer's kernels fit the model and its dtype; elsewhere
+`attention.py` serves such steps too. Knows nothing of weights.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,10 +11,10 @@ import torch
 from torch import Tensor
 
 from actors.attention.batch import StepInputs
+from actors.attention.kernel_attention import KernelAttention, Singles
 from actors.attention.kv_cache import KvCache
 from actors.attention.page_groups import GroupInputs, Piece, write_slots
 from actors.checkpoint.config import ModelConfig
-from actors.kernels.heads import Heads, store_heads
 from actors.kernels.prefill_attention import WORKSPACE_BYTES, PagedPrefill, PrefillRun
 
 
@@ -33,7 +34,8 @@ class PlannedGroupBuilder:
         pieces = (*singles, *longer)
         for piece in pieces:
             piece.check_pages(self._page_tokens)
-        self.prefill.plan([run for piece in pieces for run in self._runs(piece)])
+        if longer:
+            self.prefill.plan([run for piece in longer for run in self._runs(piece)])
         slots_T = torch.from_numpy(write_slots(self._page_tokens, singles, longer))
         return GroupInputs(
             write_slots_T=slots_T.to(self._device, non_blocking=True), fresh_pages_N=None, decode=(), runs=()
@@ -53,20 +55,16 @@ class PlannedGroupBuilder:
 class MixedAttention:
     """The builders of both page groups. `attend` makes `model.Attend` for the step that they built last."""
 
-    def __init__(self, config: ModelConfig, cache: KvCache, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, attention: KernelAttention, dtype: torch.dtype, cache: KvCache, device: torch.device
+    ) -> None:
         self._config = config
-        self._cache = cache
-        self._heads = Heads(
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            qk_norm_eps=config.rms_norm_eps if config.use_qk_norm else None,
-        )
-        page_tokens, cache_dtype = cache.pools.page_tokens, cache.global_LPSHd.dtype
+        self._attention = attention
+        page_tokens, kept = cache.pools.page_tokens, cache.global_LPSHd.dtype
         workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
         def make(chunk_tokens: int) -> PlannedGroupBuilder:
-            prefill = PagedPrefill(self._heads, page_tokens, dtype, cache_dtype)
+            prefill = PagedPrefill(attention.heads, page_tokens, dtype, kept)
             prefill.start(device, workspace)
             return PlannedGroupBuilder(page_tokens, chunk_tokens, prefill, device)
 
@@ -75,19 +73,21 @@ class MixedAttention:
 
     def attend(self, layer: int, qkv_TQ: Tensor, inputs: StepInputs) -> Tensor:
         """Attention of the planned step's rows in one layer; see `model.Attend`."""
-        config, cache, heads = self._config, self._cache.layers[layer], self._heads
-        is_chunked, rotates = config.is_chunked(layer), layer in config.rope_layers
+        attention, is_chunked = self._attention, self._config.is_chunked(layer)
         group = inputs.chunked_inputs if is_chunked else inputs.global_inputs
         builder = self.chunked_builder if is_chunked else self.global_builder
         assert group is not None and builder is not None, "a layer belongs to a group that the batch has"
+        rotations_TR2 = torch.view_as_real(inputs.rotations_T1R)[:, 0]
         temperatures_T11 = inputs.temperatures_T11
-        store_heads(
-            qkv_TQ,
-            cache.tokens_NHd,
-            group.write_slots_T,
-            heads,
-            torch.view_as_real(inputs.rotations_T1R)[:, 0] if rotates else None,
-            None if temperatures_T11 is None else temperatures_T11.view(-1),
-        )
-        q_THd = qkv_TQ.view(len(qkv_TQ), -1, config.head_dim)[:, : heads.num_heads]
-        return builder.prefill.run(q_THd, cache.pages_PSHd)
+        temperatures_T = None if temperatures_T11 is None else temperatures_T11.view(-1)
+        attention.store(layer, qkv_TQ, group.write_slots_T, rotations_TR2, temperatures_T)
+        num_singles = len(inputs.single_seats_B)
+        if num_singles == len(qkv_TQ):
+            return self._attend_singles(layer, qkv_TQ, inputs)
+        q_THd = attention.queries(qkv_TQ)[num_singles:]
+        out_TA = builder.prefill.run(q_THd, attention.pages(layer))
+        return torch.cat((self._attend_singles(layer, qkv_TQ[:num_singles], inputs), out_TA)) if num_singles else out_TA
+
+    def _attend_singles(self, layer: int, qkv_BQ: Tensor, inputs: StepInputs) -> Tensor:
+        singles = Singles(seats_B=inputs.single_seats_B, positions_B=inputs.positions_T[: len(qkv_BQ)])
+        return self._attention.attend_singles(layer, qkv_BQ, singles)

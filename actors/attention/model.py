@@ -5,6 +5,7 @@ reached through dispatch, and the shared expert is computed while they are away.
 processes. Source: transformers' Llama4ForCausalLM.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,20 +18,16 @@ from actors.checkpoint.config import ModelConfig
 from actors.checkpoint.weights import AttentionWeights, DenseFfn, MoeGate
 from actors.config import Routing
 from actors.dispatch.contract import Dispatch
+from actors.kernels.linear import swiglu_ffn
 from actors.kernels.norm import add_rms_norm
+from actors.kernels.route import choose_experts, gate_logits
 
 NO_EXPERT = -1  # a padding row's expert id
 
 
-def swiglu(x_TD: Tensor, gate_up_ND: Tensor) -> Tensor:
-    """silu(gate(x)) * up(x): [T, F]; the gate is the first half of the rows of `gate_up_ND`."""
-    gate_TF, up_TF = F.linear(x_TD, gate_up_ND).chunk(2, dim=1)
-    return F.silu(gate_TF).mul_(up_TF)
-
-
 def ffn(x_TD: Tensor, weights: DenseFfn) -> Tensor:
-    """down(swiglu(x)): [T, D]."""
-    return F.linear(swiglu(x_TD, weights.gate_up_ND), weights.down_DF)
+    """down(silu(gate(x)) * up(x)): [T, D]; the gate is the first half of the rows of `gate_up_ND`."""
+    return swiglu_ffn(x_TD, weights.gate_up_ND, weights.down_DF, weights.gate_up_scale, weights.down_scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,24 +42,26 @@ class Gate:
     """Chooses experts. Logits are fp32 whatever the model's dtype: near ties should not depend on rounding."""
 
     def __init__(self, config: ModelConfig, routing: Routing) -> None:
-        self._num_experts = config.num_experts
+        self._num_moe_layers = len(config.moe_layers)
         self._experts_per_token = config.experts_per_token
         self._is_uniform = routing == "uniform"
 
-    def __call__(self, x_TD: Tensor, router_ED: Tensor, positions_T: Tensor) -> Choice:
-        """top-k on raw logits, then the sigmoid of the chosen; nothing is renormalised. `router_ED` is fp32."""
-        logits_TE = F.linear(x_TD.float(), router_ED)
-        if self._is_uniform:
-            expert_ids_TK = self._uniform_ids(positions_T)
-            values_TK = logits_TE.gather(1, expert_ids_TK)
-        else:
-            values_TK, expert_ids_TK = logits_TE.topk(self._experts_per_token, dim=1)
-        return Choice(expert_ids_TK, values_TK.sigmoid().to(x_TD.dtype))
+    def __call__(self, x_TD: Tensor, router_ED: Tensor, lot_T: Tensor | None) -> Choice:
+        """top-k on raw logits, then the sigmoid of the chosen; nothing is renormalised. `lot_T`: see `draw_lots`."""
+        logits_TE = gate_logits(x_TD, router_ED)
+        return Choice(*choose_experts(logits_TE, self._experts_per_token, x_TD.dtype, lot_T))
 
-    def _uniform_ids(self, positions_T: Tensor) -> Tensor:
-        """Experts in turn by token position: the balanced load of a benchmark, not the model's answer."""
-        offsets_K = torch.arange(self._experts_per_token, device=positions_T.device)
-        return (positions_T[:, None] * self._experts_per_token + offsets_K) % self._num_experts
+    def draw_lots(self, positions_T: Tensor) -> Sequence[Tensor | None]:
+        """For each MoE layer: None, or with uniform routing a number per row that stands for a random expert."""
+        if not self._is_uniform:
+            return [None] * self._num_moe_layers
+        device = positions_T.device
+        rows_T = torch.arange(len(positions_T), device=device)
+        layers_M1 = torch.arange(self._num_moe_layers, device=device)[:, None]
+        lots_MT = positions_T * 2654435761 + rows_T * 40503 + layers_M1 * 2246822519
+        for shift in (15, 13):  # multiply and fold: neighbours in any of the three come apart
+            lots_MT = (lots_MT ^ (lots_MT >> shift)).mul_(0x2C1B3C6D).bitwise_and_(0x7FFFFFFF)
+        return list(lots_MT)
 
 
 class Attend(Protocol):
@@ -82,8 +81,12 @@ class AttentionModel:
         embed_VD = weights.embed_VD
         self._eps = config.rms_norm_eps
         self._gate = Gate(config, routing)
+        # A CPU adds in the dtype that it multiplies in; a GPU multiplies what is stored and adds in fp32.
+        is_cpu = embed_VD.device.type == "cpu"
         self._routers = {
-            i: layer.ffn.router_ED.float() for i, layer in enumerate(weights.layers) if isinstance(layer.ffn, MoeGate)
+            i: layer.ffn.router_ED.float() if is_cpu else layer.ffn.router_ED
+            for i, layer in enumerate(weights.layers)
+            if isinstance(layer.ffn, MoeGate)
         }
         # [M, E]: routed tokens since they were last taken, counted on the device.
         self._expert_tokens_ME = torch.zeros(
@@ -100,6 +103,7 @@ class AttentionModel:
         Rows where `padding_T1` is set go to no expert. What becomes of them does not matter.
         """
         h_TD = F.embedding(ids_T, self._weights.embed_VD)
+        lots = iter(self._gate.draw_lots(positions_T))
         chosen: list[Tensor] = []
         deltas: tuple[Tensor, ...] = ()  # not yet added to h
         for i, layer in enumerate(self._weights.layers):
@@ -109,7 +113,7 @@ class AttentionModel:
             if isinstance(layer.ffn, DenseFfn):
                 deltas = (ffn(x_TD, layer.ffn),)
             else:
-                choice = self._choose(i, x_TD, positions_T, padding_T1)
+                choice = self._choose(i, x_TD, next(lots), padding_T1)
                 chosen.append(choice.expert_ids_TK)
                 deltas = self._moe(i, x_TD, layer.ffn, choice, dispatch)
         self._count(chosen)
@@ -150,8 +154,8 @@ class AttentionModel:
         self._arriving = None
         return {layer: tuple(row) for layer, row in zip(self._config.moe_layers, counts_ME.tolist(), strict=True)}
 
-    def _choose(self, i: int, x_TD: Tensor, positions_T: Tensor, padding_T1: Tensor | None) -> Choice:
-        choice = self._gate(x_TD, self._routers[i], positions_T)
+    def _choose(self, i: int, x_TD: Tensor, lot_T: Tensor | None, padding_T1: Tensor | None) -> Choice:
+        choice = self._gate(x_TD, self._routers[i], lot_T)
         if padding_T1 is None:
             return choice
         return Choice(choice.expert_ids_TK.masked_fill(padding_T1, NO_EXPERT), choice.scores_TK)

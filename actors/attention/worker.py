@@ -13,17 +13,20 @@ from torch import Tensor
 from actors.attention.attention import Attention, StepAttention
 from actors.attention.batch import BatchBuilder, StepInputs
 from actors.attention.decode import DecodeSteps
+from actors.attention.kernel_attention import KernelAttention
 from actors.attention.kv_cache import KvCache, PagePools, cache_dtype, fit_page_tokens, plan_pages
 from actors.attention.mixed import MixedAttention
 from actors.attention.model import Attend, AttentionModel
 from actors.attention.requests import RequestTable
 from actors.attention.sampler import SampledBatch, Sampler, workspace_bytes
+from actors.attention.seat_tables import SeatTables
 from actors.checkpoint.config import ModelConfig
 from actors.checkpoint.index import validate_checkpoint
 from actors.checkpoint.weights import AttentionWeights, dummy_attention, load_attention, num_weight_bytes
 from actors.config import PipelineConfig
 from actors.dispatch.contract import Dispatch
 from actors.kernels.prefill_attention import is_available
+from actors.kernels.triton_here import HAS_TRITON
 from actors.precision import compute_dtype
 from actors.types import RankPlan, SampledToken, Work
 
@@ -31,9 +34,9 @@ CPU_CACHE_BYTES = 256 << 20
 DUMMY_SEED = 0
 
 
-def captures_decode_steps(pipeline: PipelineConfig, device: torch.device) -> bool:
-    """Whether decode steps run as CUDA graphs, where the dispatch allows it."""
-    return device.type == "cuda" and not pipeline.enforce_eager
+def uses_kernels(device: torch.device) -> bool:
+    """Whether attention of decode steps is computed by kernels. (A CPU has better: fewer, larger operations.)"""
+    return device.type == "cuda" and HAS_TRITON
 
 
 class AttentionWorker:
@@ -56,6 +59,7 @@ class AttentionWorker:
         self._dispatch: Dispatch | None = None
         self._decode: DecodeSteps | None = None
         self._mixed: MixedAttention | None = None
+        self._tables: SeatTables | None = None
 
     @classmethod
     def load(
@@ -80,23 +84,29 @@ class AttentionWorker:
         kept = cache_dtype(self._dtype, self._pipeline.kv_cache_dtype)
         pools = plan_pages(self._config, page_tokens, self._cache_bytes(), longest_tokens, kept.itemsize)
         self.cache = KvCache(self._config, pools, kept, self._device)
-        if is_available(self._device, self._dtype, self._config.head_dim):
-            self._mixed = MixedAttention(self._config, self.cache, self._dtype, self._device)
+        if uses_kernels(self._device):
+            self._start_kernels(self.cache, longest_tokens)
+        if self._mixed is None:
+            self._builder = BatchBuilder.plain(self._config, page_tokens, self._dtype, self._device)
+        else:
             builders = self._mixed.global_builder, self._mixed.chunked_builder
             self._builder = BatchBuilder(self._config, *builders, self._device)
-        else:
-            self._builder = BatchBuilder.plain(self._config, page_tokens, self._dtype, self._device)
-        if captures_decode_steps(self._pipeline, self._device):
-            self._decode = DecodeSteps(
-                self._model, self._config, self.cache, self._pipeline.max_num_seqs, longest_tokens, self._device
-            )
         return pools
+
+    def _start_kernels(self, cache: KvCache, longest_tokens: int) -> None:
+        config, device, max_rows = self._config, self._device, self._pipeline.max_num_seqs
+        self._tables = SeatTables(config, cache, max_rows, longest_tokens)
+        attention = KernelAttention(config, cache, self._tables, max_rows, device)
+        if not self._pipeline.enforce_eager:
+            self._decode = DecodeSteps(self._model, config, attention, max_rows, device)
+        if is_available(device, self._dtype, config.head_dim):
+            self._mixed = MixedAttention(config, attention, self._dtype, cache, device)
 
     def start_epoch(self, dispatch: Dispatch, fresh: bool = True) -> None:
         """Experts are reached through `dispatch` from now on. Forgets all requests if `fresh`."""
         self._dispatch = dispatch
         if fresh:
-            self._requests = RequestTable(self._device, self._pipeline.max_num_seqs if self._decode else 0)
+            self._requests = RequestTable(self._device, self._pipeline.max_num_seqs if self._tables else 0)
             self._sampler = Sampler(self._config.vocab_size, self._device)
         if self._decode is not None and dispatch.is_capturable:
             self._decode.start_epoch(dispatch, self._requests.last_tokens_R)
@@ -127,8 +137,8 @@ class AttentionWorker:
             request_idxs = [work.request_idx for work in plan.work]
             logits_BV, seats_B = self._decode.run(plan.work, self._requests)
             return self._sample(request_idxs, logits_BV, seats_B)
-        if self._decode is not None:
-            self._decode.tables.grant(plan.work, self._requests)
+        if self._tables is not None:
+            self._tables.grant(plan.work, self._requests)
         inputs, h_TD = self.forward(plan.work)
         if not inputs.sampled:
             return None

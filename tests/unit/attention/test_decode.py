@@ -37,7 +37,7 @@ def plans_of(model: LocalModel, requests: list[Request], answer: Callable[[RankP
 
 @pytest.fixture
 def on_the_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(worker, "captures_decode_steps", lambda *_: True)
+    monkeypatch.setattr(worker, "uses_kernels", lambda *_: True)
     yield
 
 
@@ -48,7 +48,7 @@ def test_decode_steps_give_the_tokens_of_mixed_steps(
     """Random requests under the real scheduler: admissions, chunks that turn, preemption, seats used again."""
     case = make_case(variant)
     plain = case.load(max_num_seqs=SEATS, max_model_len=80)
-    monkeypatch.setattr(worker, "captures_decode_steps", lambda *_: True)
+    monkeypatch.setattr(worker, "uses_kernels", lambda *_: True)
     ours = case.load(max_num_seqs=SEATS, max_model_len=80)
     decode = ours.attention._decode
     assert decode is not None and plain.attention._decode is None

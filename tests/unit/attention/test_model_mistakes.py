@@ -172,7 +172,7 @@ def _dispatch(kind: type[LocalDispatch]) -> Patch:
 
 
 def softmax_scores(patch: pytest.MonkeyPatch) -> None:
-    def choose(self: Gate, x_TD: Tensor, router_ED: Tensor, positions_T: Tensor) -> Choice:
+    def choose(self: Gate, x_TD: Tensor, router_ED: Tensor, lot_T: Tensor | None) -> Choice:
         values_TK, ids_TK = F.linear(x_TD, router_ED).softmax(1).topk(self._experts_per_token, dim=1)
         return Choice(ids_TK, values_TK)
 
@@ -190,8 +190,10 @@ def renormalised_scores(patch: pytest.MonkeyPatch) -> None:
 
 
 def gate_and_up_swapped_in_ffns(patch: pytest.MonkeyPatch) -> None:
-    original = model.swiglu
-    patch.setattr(model, "swiglu", lambda x, gate_up: original(x, torch.cat(gate_up.chunk(2)[::-1])))
+    original = model.swiglu_ffn
+    patch.setattr(
+        model, "swiglu_ffn", lambda x, gate_up, *others: original(x, torch.cat(gate_up.chunk(2)[::-1]), *others)
+    )
 
 
 def gate_and_up_swapped_in_experts(patch: pytest.MonkeyPatch) -> None:

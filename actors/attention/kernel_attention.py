@@ -1,0 +1,83 @@
+"""Attention by kernels: what decode steps and mixed steps have in common on a GPU.
+
+Owns how a layer's heads are stored, and how rows of one token read what is stored, from the device's own page tables.
+On a CPU the kernels' references compute the same, for tests. Knows nothing of how a step is laid out.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from actors.attention.kv_cache import KvCache
+from actors.attention.seat_tables import SeatTables
+from actors.checkpoint.config import ModelConfig
+from actors.kernels.decode_attention import DecodeContext, DecodeScratch, decode_attention
+from actors.kernels.decode_inputs import PageTable
+from actors.kernels.heads import Heads, store_heads
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Singles:
+    """Rows of one token each: their seats (int32, -1 is padding) and positions."""
+
+    seats_B: Tensor
+    positions_B: Tensor
+
+
+class KernelAttention:
+    """All layers of one rank, over its cache."""
+
+    def __init__(
+        self, config: ModelConfig, cache: KvCache, tables: SeatTables, max_singles: int, device: torch.device
+    ) -> None:
+        self.tables = tables
+        self.heads = Heads(
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            qk_norm_eps=config.rms_norm_eps if config.use_qk_norm else None,
+        )
+        self._config = config
+        self._cache = cache
+        self._scratch = DecodeScratch(self.heads, max_singles, device)
+
+    def pages(self, layer: int) -> Tensor:
+        """pages_PSHd of one layer."""
+        return self._cache.layers[layer].pages_PSHd
+
+    def store(
+        self, layer: int, qkv_TQ: Tensor, slots_T: Tensor, rotations_TR2: Tensor, temperatures_T: Tensor | None
+    ) -> None:
+        """Makes queries and keys ready in place, and puts keys and values into the cache. See `store_heads`."""
+        config, rotates = self._config, layer in self._config.rope_layers
+        tempers = config.temperature_tuning and not rotates
+        store_heads(
+            qkv_TQ,
+            self._cache.layers[layer].tokens_NHd,
+            slots_T,
+            self.heads,
+            rotations_TR2 if rotates else None,
+            temperatures_T if tempers else None,
+        )
+
+    def queries(self, qkv_TQ: Tensor) -> Tensor:
+        """q_THd of rows, a view."""
+        return qkv_TQ.view(qkv_TQ.shape[0], -1, self.heads.head_dim)[:, : self.heads.num_heads]
+
+    def attend_singles(self, layer: int, qkv_BQ: Tensor, singles: Singles) -> Tensor:
+        """[B, heads * head_dim]: each row over all that its request has stored (of its chunk, in chunked layers)."""
+        config = self._config
+        is_chunked = config.is_chunked(layer)
+        context = DecodeContext(
+            seats_B=singles.seats_B,
+            positions_B=singles.positions_B,
+            table=self._table(is_chunked),
+            chunk_tokens=config.chunk_tokens if is_chunked else 0,
+        )
+        return decode_attention(self.queries(qkv_BQ), self.pages(layer), context, self.heads, self._scratch)
+
+    def _table(self, is_chunked: bool) -> PageTable:
+        table = self.tables.chunked_table if is_chunked else self.tables.global_table
+        assert table is not None, "a layer belongs to a group that has pages"
+        return table
