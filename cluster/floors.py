@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 
 from actors.config import Layout
-from cluster.footprint import Footprint
+from cluster.footprint import FP8_BYTES, Footprint
 from cluster.hardware import NETWORK_BYTES_S, NETWORK_EXCHANGE_S, Accelerator, Machines
 
 _SAMPLES = 400
@@ -20,11 +20,20 @@ _ALLREDUCE_SLOPE = 1.3  # large all-reduces reach 1 / 1.3 of the link, plus 3 us
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """How many ranks have which role. Colocated: every rank has both, and the two counts are equal. Single: 1 and 1."""
+    """How many ranks have which role. Colocated: every rank has both, and the two counts are equal. Single: 1 and 1.
+
+    `attention_tp` ranks share one attention, of `attention_ranks` in all (colocated only).
+    """
 
     layout: Layout  # not auto
     attention_ranks: int = 1
     expert_ranks: int = 1
+    attention_tp: int = 1
+
+    @property
+    def attention_units(self) -> int:
+        """Attentions, each with its own requests."""
+        return self.attention_ranks // self.attention_tp
 
     @property
     def num_ranks(self) -> int:
@@ -34,7 +43,7 @@ class Split:
         if self.layout == "single":
             return "single"
         if self.layout == "colocated":
-            return f"colocated {self.attention_ranks}"
+            return f"colocated {self.attention_ranks}" + (f" TP{self.attention_tp}" if self.attention_tp > 1 else "")
         return f"{self.attention_ranks}A+{self.expert_ranks}E"
 
 
@@ -59,30 +68,40 @@ def prefill(chunk_tokens: int, mean_context_tokens: int = 1024) -> Work:
 
 
 def step_floor_s(footprint: Footprint, machines: Machines, split: Split, work: Work) -> float:
-    """Seconds that one step takes at least, in a layout of the runtime (data-parallel attention, expert parallelism).
+    """Seconds that one step takes at least, in a layout of the runtime (expert parallelism, attention data-parallel or
+    shared by the ranks of a unit).
 
     Disaggregated: the two sides take turns (steps of one batch are serial).
     """
     gpu = machines.accelerator
     if machines.is_cpu:  # ranks share one machine: its rates are divided, so the work is counted once
         return attention_floor_s(footprint, gpu, work) + experts_floor_s(footprint, gpu, work.num_tokens, 1)
-    per_rank = _share(work, split.attention_ranks)
-    seconds = attention_floor_s(footprint, gpu, per_rank)
+    per_unit = _share(work, split.attention_units)
+    seconds = attention_floor_s(footprint, gpu, per_unit) / split.attention_tp
     seconds += experts_floor_s(footprint, gpu, work.num_tokens, split.expert_ranks)
+    seconds += _sums_floor_s(footprint, gpu, split.attention_tp, per_unit.num_tokens)
+    if split.attention_tp == split.num_ranks:  # every rank has every token: nothing is dispatched
+        return seconds
     return seconds + _exchange_floor_s(footprint, machines, split, work.num_tokens)
 
 
 def tensor_parallel_floor_s(footprint: Footprint, gpu: Accelerator, ranks: int, work: Work) -> float:
-    """The same with attention split over `ranks` GPUs of one host, for comparison: the runtime has no such layout.
-
-    Every GPU then holds every token, so that experts need no dispatch, only the two all-reduces of each layer.
+    """The floor with attention split over all `ranks` GPUs of one host, which then hold every token, so that experts
+    need no dispatch: only the two all-reduces of each layer.
     """
-    message_bytes = work.num_tokens * footprint.model.hidden_size * 2
-    ring_bytes = 2 * (ranks - 1) / ranks * message_bytes * _ALLREDUCE_SLOPE + 3e-6 * gpu.link_bytes_s
-    allreduce_s = _ALLREDUCE_S + min((ranks - 1) * message_bytes, ring_bytes) / gpu.link_bytes_s if ranks > 1 else 0.0
     seconds = attention_floor_s(footprint, gpu, work) / ranks
     seconds += experts_floor_s(footprint, gpu, work.num_tokens, ranks)
-    return seconds + 2 * footprint.model.num_layers * allreduce_s
+    return seconds + _sums_floor_s(footprint, gpu, ranks, work.num_tokens)
+
+
+def _sums_floor_s(footprint: Footprint, gpu: Accelerator, ranks: int, num_tokens: int) -> float:
+    """The two all-reduces of every layer over the ranks that share an attention."""
+    if ranks == 1:
+        return 0.0
+    message_bytes = num_tokens * footprint.model.hidden_size * 2
+    ring_bytes = 2 * (ranks - 1) / ranks * message_bytes * _ALLREDUCE_SLOPE + 3e-6 * gpu.link_bytes_s
+    allreduce_s = _ALLREDUCE_S + min((ranks - 1) * message_bytes, ring_bytes) / gpu.link_bytes_s
+    return 2 * footprint.model.num_layers * allreduce_s
 
 
 def attention_floor_s(footprint: Footprint, gpu: Accelerator, work: Work) -> float:
@@ -165,4 +184,4 @@ def _matmul_s(gpu: Accelerator, params: int, bytes_per_param: float, num_tokens:
 
 
 def _flops_s(gpu: Accelerator, bytes_per_param: float) -> float:
-    return gpu.flops_8bit_s if bytes_per_param <= 1 else gpu.flops_16bit_s
+    return gpu.flops_8bit_s if bytes_per_param == FP8_BYTES else gpu.flops_16bit_s  # INT4 is multiplied as bf16

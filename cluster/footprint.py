@@ -7,12 +7,15 @@ Parameter counts agree with the published totals of Llama 4 Scout and Maverick (
 from dataclasses import dataclass
 from typing import Literal
 
-from actors.checkpoint.config import ModelConfig
+from actors.checkpoint.config import ExpertFormat, ModelConfig
 
-PrecisionName = Literal["checkpoint", "float32", "bfloat16", "fp8"]
+PrecisionName = Literal["checkpoint", "float32", "bfloat16", "fp8", "int4"]
 
+FP8_BYTES = 1.0
+INT4_BYTES = 4.125 / 8  # four bits, and a bf16 scale for each group of 128
 _BYTES_OF_DTYPE = {"float32": 4, "bfloat16": 2, "float16": 2}
-_SCALE_BYTES = 2  # one bf16 scale per output channel of an fp8 matrix
+_BYTES_OF_FORM: dict[ExpertFormat, float] = {"fp8": FP8_BYTES, "int4": INT4_BYTES}
+_SCALE_BYTES = 4  # one fp32 scale per output channel of an fp8 matrix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,23 +29,36 @@ class Precision:
 
     @staticmethod
     def of(
-        model: ModelConfig, name: PrecisionName = "checkpoint", dtype: str = "auto", widens_fp8: bool = False
+        model: ModelConfig,
+        name: PrecisionName = "checkpoint",
+        dtype: str = "auto",
+        widens_fp8: bool = False,
+        kv_cache_dtype: str = "auto",
+        quantize_ffn: str = "",
     ) -> "Precision":
-        """`fp8` quantizes routed experts only, as the official Maverick FP8 checkpoint does; the rest is 16-bit.
+        """What a rank holds: `checkpoint` is what that has, in each part.
 
-        `widens_fp8`: the device has no fp8 arithmetic, and a rank keeps such weights in the compute dtype (a CPU).
+        `fp8` quantizes routed experts only, as the official Maverick FP8 checkpoint does; `int4` shared experts and
+        dense layers too, as Scout's w4a16 does. `widens_fp8`: the device has no arithmetic for quantized weights, and a
+        rank keeps them in the compute dtype (a CPU). `kv_cache_dtype` and `quantize_ffn`: "fp8" is one byte.
         """
+        stored, includes_ffn = model.quantized, model.quantizes_ffn
         if name in _BYTES_OF_DTYPE:
-            dtype, quantized = name, False
+            dtype, stored = name, "plain"
         else:
-            quantized = name == "fp8" or model.quantized == "fp8"
+            if name == "fp8":
+                stored, includes_ffn = "fp8", False
+            elif name == "int4":
+                stored, includes_ffn = "int4", True
             dtype = model.dtype if dtype == "auto" else dtype
         width = _BYTES_OF_DTYPE[dtype]
+        routed_bytes = width if widens_fp8 else _BYTES_OF_FORM.get(stored, width)
+        requantized_bytes = FP8_BYTES if quantize_ffn == "fp8" and not widens_fp8 else width
         return Precision(
-            routed_bytes=1 if quantized and not widens_fp8 else width,
-            ffn_bytes=width,
+            routed_bytes=routed_bytes,
+            ffn_bytes=routed_bytes if includes_ffn and stored != "plain" else requantized_bytes,
             dense_bytes=width,
-            kv_bytes=width,
+            kv_bytes=1 if kv_cache_dtype == "fp8" else width,
         )
 
 
@@ -100,20 +116,28 @@ class Footprint:
     @property
     def expert_bytes(self) -> int:
         """One routed expert of one layer, with its scales where it is quantized."""
-        scales = 2 * self.model.expert_width + self.model.hidden_size if self.precision.routed_bytes <= 1 else 0
+        scales = 2 * self.model.expert_width + self.model.hidden_size if self.precision.routed_bytes == FP8_BYTES else 0
         return int(self.expert_params * self.precision.routed_bytes) + scales * _SCALE_BYTES
 
     @property
     def attention_rank_bytes(self) -> int:
         """All that an attention rank holds: everything but routed experts."""
-        return int(self._always_dense_params * self.precision.dense_bytes + self.ffn_params * self.precision.ffn_bytes)
+        return self.attention_shard_bytes(1)
+
+    def attention_shard_bytes(self, of: int) -> int:
+        """What each of `of` tensor-parallel ranks holds of that: the embedding, norms and routers are whole."""
+        whole = self.norm_params + self.router_params + self.head_params  # the embedding is as large as the head
+        heads = 0 if self.model.tie_word_embeddings else self.head_params
+        divided = (self.attention_params + heads) * self.precision.dense_bytes
+        divided += self.ffn_params * self.precision.ffn_bytes
+        return int(whole * self.precision.dense_bytes + divided / of)
 
     @property
     def total_bytes(self) -> int:
         num_experts = len(self.model.moe_layers) * self.model.num_experts
         return self.attention_rank_bytes + num_experts * self.expert_bytes
 
-    def kv_bytes_per_token(self, num_layers: int | None = None) -> int:
-        """Bytes of keys and values of one token in `num_layers` layers (all, if not stated)."""
+    def kv_bytes_per_token(self, num_layers: int | None = None, of: int = 1) -> int:
+        """Bytes of keys and values of one token in `num_layers` layers (all, if not stated), on each of `of` ranks."""
         layers = self.model.num_layers if num_layers is None else num_layers
-        return int(layers * 2 * self.model.num_kv_heads * self.model.head_dim * self.precision.kv_bytes)
+        return int(layers * 2 * self.model.num_kv_heads // of * self.model.head_dim * self.precision.kv_bytes)

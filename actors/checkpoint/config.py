@@ -1,19 +1,23 @@
 """A model's shape, read from a hub `config.json` in either spelling.
 
-Owns the translation of config files into one frozen value. Knows nothing of tensors or files beside config.json and
-generation_config.json. Source: the files of meta-llama/Llama-4-* and transformers' Llama4TextConfig.
+Owns the translation of config files into one frozen value. Knows nothing of tensors but which names a directory has:
+configs of quantized models say too little of which parts are. Source: the files of meta-llama/Llama-4-* and
+transformers' Llama4TextConfig.
 """
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from actors.checkpoint.quantization import INT4_GROUP, ExpertFormat, Quantization, parse_quantization
+from actors.checkpoint.stored_names import stored_names
 from actors.errors import CheckpointError
 
-ExpertFormat = Literal["plain", "fp8"]
+__all__ = ["INT4_GROUP", "ExpertFormat", "ModelConfig", "RopeScaling", "parse_model_config", "read_model_config"]
 
 _DTYPES = ("bfloat16", "float32", "float16")
 
@@ -59,6 +63,7 @@ class ModelConfig:
     pad_token_id: int
     dtype: str  # "bfloat16", "float32", "float16"
     quantized: ExpertFormat = "plain"  # what quantization_config announces for the routed experts
+    quantizes_ffn: bool = False  # shared experts and dense layers have that form too
     has_vision: bool = False
 
     @property
@@ -82,13 +87,18 @@ class ModelConfig:
 
 
 def read_model_config(directory: Path) -> ModelConfig:
-    """Reads `config.json` (and eos ids from generation_config.json where it is there). Raises CheckpointError."""
+    """Reads `config.json` (and eos ids from generation_config.json where it is there). Raises CheckpointError.
+
+    Where a quantized checkpoint has weights, their names say which parts are quantized; else the config's word counts.
+    """
     path = directory / "config.json"
     try:
         config = parse_model_config(_read_json(path))
     except (KeyError, ValueError) as e:
         problem = f"lacks {e}" if isinstance(e, KeyError) else str(e)
         raise CheckpointError(str(path), None, problem) from e
+    if config.quantized != "plain" and (names := stored_names(directory)):
+        config = dataclasses.replace(config, quantizes_ffn=_has_quantized_ffn(names))
     generation = directory / "generation_config.json"
     if not generation.exists():
         return config
@@ -97,6 +107,12 @@ def read_model_config(directory: Path) -> ModelConfig:
     except ValueError as e:
         raise CheckpointError(str(generation), None, str(e)) from e
     return dataclasses.replace(config, eos_token_ids=eos_token_ids)
+
+
+def _has_quantized_ffn(names: frozenset[str]) -> bool:
+    """Whether any linear of a shared expert or a dense layer has a scale."""
+    linear = re.compile(r"\.feed_forward\.(shared_expert\.)?(gate|up|down)_proj\.weight_scale$")
+    return any(linear.search(name) for name in names)
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
@@ -121,7 +137,8 @@ def parse_model_config(values: Mapping[str, Any]) -> ModelConfig:
     text = _mapping(values, "text_config") or values
     layers, heads, hidden = (_size(text, key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
     rope_parameters = _mapping(text, "rope_parameters")
-    rope_layers = _rope_layers(text, layers)
+    rope_layers, moe_layers = _rope_layers(text, layers), _moe_layers(text, layers)
+    quantization = _quantization(values, text, layers, moe_layers)
     config = ModelConfig(
         hidden_size=hidden,
         num_layers=layers,
@@ -133,7 +150,7 @@ def parse_model_config(values: Mapping[str, Any]) -> ModelConfig:
         dense_width=_size(text, "intermediate_size_mlp", 16384),
         num_experts=_size(text, "num_local_experts", 16),
         experts_per_token=_size(text, "num_experts_per_tok", 1),
-        moe_layers=_moe_layers(text, layers),
+        moe_layers=moe_layers,
         rope_layers=rope_layers,
         chunk_tokens=_chunk_tokens(text, rope_layers),
         use_qk_norm=bool(text.get("use_qk_norm", True)),
@@ -149,7 +166,8 @@ def parse_model_config(values: Mapping[str, Any]) -> ModelConfig:
         eos_token_ids=_ids(text, "eos_token_id", (200001, 200007, 200008)),
         pad_token_id=_whole(text, "pad_token_id", -1),
         dtype=_dtype(text, values),
-        quantized=_expert_format(_mapping(values, "quantization_config") or _mapping(text, "quantization_config")),
+        quantized=quantization.form,
+        quantizes_ffn=quantization.includes_ffn,
         has_vision=values.get("vision_config") is not None,
     )
     _check(config, text)
@@ -168,10 +186,18 @@ def _check(config: ModelConfig, text: Mapping[str, Any]) -> None:
         raise ValueError(f"moe_layers names layers outside of 0..{config.num_layers - 1}")
     if config.floor_scale < 1:
         raise ValueError("floor_scale must be above 0")
+    if config.quantized == "int4":
+        _check_int4_widths(config)
     if text.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act {text['hidden_act']!r} is not known; silu is")
     if text.get("attention_bias"):
         raise ValueError("attention_bias is not supported")
+
+
+def _check_int4_widths(config: ModelConfig) -> None:
+    widths = [config.hidden_size, config.expert_width] + [config.dense_width] * config.quantizes_ffn
+    if any(width % INT4_GROUP for width in widths):
+        raise ValueError(f"int4 weights need widths of whole groups of {INT4_GROUP}; there are {widths}")
 
 
 def _moe_layers(text: Mapping[str, Any], layers: int) -> tuple[int, ...]:
@@ -220,16 +246,13 @@ def _rope_scaling(scaling: Mapping[str, Any]) -> RopeScaling | None:
     )
 
 
-def _expert_format(quantization: Mapping[str, Any]) -> ExpertFormat:
-    """Which of the known quantizations the checkpoint announces. Raises ValueError on any other."""
-    if not quantization:
-        return "plain"
-    method, form = quantization.get("quant_method"), quantization.get("format")
-    if method == "compressed-tensors" and form == "float-quantized":
-        return "fp8"
-    raise ValueError(
-        f"quantization_config: {method!r} with format {form!r} is not known; known: compressed-tensors float-quantized"
-    )
+def _quantization(
+    values: Mapping[str, Any], text: Mapping[str, Any], layers: int, moe_layers: tuple[int, ...]
+) -> Quantization:
+    ffn_modules = [f"model.layers.{layer}.feed_forward.shared_expert.gate_proj" for layer in moe_layers]
+    ffn_modules += [f"model.layers.{i}.feed_forward.gate_proj" for i in range(layers) if i not in moe_layers]
+    stated = _mapping(values, "quantization_config") or _mapping(text, "quantization_config")
+    return parse_quantization(stated, ffn_modules)
 
 
 def _dtype(text: Mapping[str, Any], values: Mapping[str, Any]) -> str:

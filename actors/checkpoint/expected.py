@@ -9,10 +9,21 @@ from collections.abc import Iterable
 from typing import Literal
 
 from actors.checkpoint.config import ModelConfig
+from actors.checkpoint.headers import ITEM_BYTES
 from actors.checkpoint.layouts import fused, per_expert
-from actors.checkpoint.layouts.rules import TensorRule, experts_prefix
+from actors.checkpoint.layouts.rules import PLAIN_DTYPES, TensorRule, experts_prefix, linear_rules
+from actors.checkpoint.quantization import ExpertFormat
 
-ExpertLayout = Literal["none", "fused", "per_expert", "per_expert_fp8"]
+ExpertLayout = Literal["none", "fused", "fused_fp8", "per_expert", "per_expert_fp8", "per_expert_int4"]
+
+FORM_OF_LAYOUT: dict[ExpertLayout, ExpertFormat] = {
+    "none": "plain",
+    "fused": "plain",
+    "fused_fp8": "fp8",
+    "per_expert": "plain",
+    "per_expert_fp8": "fp8",
+    "per_expert_int4": "int4",
+}
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -30,11 +41,18 @@ def expected_tensors(config: ModelConfig, layout: ExpertLayout) -> dict[str, Ten
     for layer in range(config.num_layers):
         for name, shape in _layer_shapes(config, layer).items():
             rules[f"model.layers.{layer}.{name}.weight"] = TensorRule(shape=shape)
-    if layout == "fused":
-        rules |= fused.expected(config)
+        for name, linear_shape in ffn_shapes(config, layer).items():
+            rules |= linear_rules(name, linear_shape, ffn_form(config))
+    if layout.startswith("fused"):
+        rules |= fused.expected(config, FORM_OF_LAYOUT[layout])
     elif layout != "none":
-        rules |= per_expert.expected(config, fp8=layout == "per_expert_fp8")
+        rules |= per_expert.expected(config, FORM_OF_LAYOUT[layout])
     return rules
+
+
+def ffn_form(config: ModelConfig) -> ExpertFormat:
+    """How shared experts and dense layers are stored."""
+    return config.quantized if config.quantizes_ffn else "plain"
 
 
 def _layer_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
@@ -53,11 +71,14 @@ def _layer_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]
     }
     if config.is_moe(layer):
         shapes["feed_forward.router"] = (config.num_experts, hidden)
-        return shapes | _ffn_shapes("feed_forward.shared_expert.", config.expert_width, hidden)
-    return shapes | _ffn_shapes("feed_forward.", config.dense_width, hidden)
+    return shapes
 
 
-def _ffn_shapes(prefix: str, width: int, hidden: int) -> dict[str, tuple[int, ...]]:
+def ffn_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, int]]:
+    """The linears of a layer's shared expert or dense FFN, by name without `.weight`: gate, up, down."""
+    is_moe, hidden = config.is_moe(layer), config.hidden_size
+    width = config.expert_width if is_moe else config.dense_width
+    prefix = f"model.layers.{layer}.feed_forward." + ("shared_expert." if is_moe else "")
     return {
         prefix + "gate_proj": (width, hidden),
         prefix + "up_proj": (width, hidden),
@@ -69,7 +90,7 @@ def num_checkpoint_bytes(config: ModelConfig, layout: ExpertLayout) -> int:
     """Bytes of all weights of such a checkpoint, unquantized ones in the config's dtype."""
     num_bytes = 0
     for rule in expected_tensors(config, layout).values():
-        item_bytes = 1 if rule.dtypes == ("F8_E4M3",) else DTYPE_BYTES[config.dtype]
+        item_bytes = DTYPE_BYTES[config.dtype] if rule.dtypes == PLAIN_DTYPES else ITEM_BYTES[rule.dtypes[0]]
         num_bytes += math.prod(rule.shape) * item_bytes
     return num_bytes
 
@@ -81,8 +102,14 @@ def detect_layout(names: Iterable[str], config: ModelConfig) -> ExpertLayout:
     prefixes = tuple(experts_prefix(layer) for layer in config.moe_layers)
     layout: ExpertLayout = "fused"
     for name in names:
-        if name.startswith(prefixes) and name.partition(".experts.")[2][:1].isdigit():
-            if name.endswith(".weight_scale"):
-                return "per_expert_fp8"
+        if not name.startswith(prefixes):
+            continue
+        if name.endswith(".weight_packed"):
+            return "per_expert_int4"
+        if name.endswith("_proj_scale"):
+            return "fused_fp8"
+        if name.endswith(".weight_scale") and layout != "per_expert_fp8":
+            layout = "per_expert_fp8"
+        elif name.partition(".experts.")[2][:1].isdigit() and layout == "fused":
             layout = "per_expert"
     return layout

@@ -8,15 +8,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from actors.checkpoint.config import ModelConfig, read_model_config
-from actors.checkpoint.expected import UNUSED_PREFIXES, ExpertLayout, detect_layout, expected_tensors
+from actors.checkpoint.expected import (
+    FORM_OF_LAYOUT,
+    UNUSED_PREFIXES,
+    ExpertLayout,
+    detect_layout,
+    expected_tensors,
+)
 from actors.checkpoint.headers import TensorInfo, read_header
+from actors.checkpoint.stored_names import INDEX_FILE, SINGLE_FILE, read_weight_map
 from actors.errors import CheckpointError
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pth", ".pt")
 _PREFIX = "language_model."
 
@@ -64,13 +67,15 @@ def _refuse_without_safetensors(directory: Path) -> None:
 
 
 def _check_quantization(index: CheckpointIndex, config: ModelConfig) -> None:
-    file = str(index.directory / "config.json")
-    if index.layout == "per_expert_fp8" and config.quantized != "fp8":
-        scale = next(name for name in index.tensors if name.endswith(".weight_scale"))
+    file, form = str(index.directory / "config.json"), FORM_OF_LAYOUT[index.layout]
+    if index.layout == "none" or form == config.quantized:
+        return
+    if config.quantized == "plain":
+        scale = next(name for name in index.tensors if name.endswith("_scale"))
         raise CheckpointError(file, scale, "the experts have scales, but there is no quantization_config")
-    if index.layout in ("fused", "per_expert") and config.quantized == "fp8":
-        problem = f"quantization_config announces fp8, but the experts ({index.layout}) have no weight_scale"
-        raise CheckpointError(file, None, problem)
+    stored = "have no weight_scale" if form == "plain" else f"are stored as {form}"
+    problem = f"quantization_config announces {config.quantized}, but the experts ({index.layout}) {stored}"
+    raise CheckpointError(file, None, problem)
 
 
 def _check_tensors(index: CheckpointIndex, config: ModelConfig) -> None:
@@ -90,7 +95,18 @@ def _check_tensors(index: CheckpointIndex, config: ModelConfig) -> None:
             )
     for name, info in index.tensors.items():
         if name not in rules:
-            raise CheckpointError(str(info.file), name, "is not a tensor of this model")
+            raise CheckpointError(str(info.file), name, _why_extra(name))
+
+
+def _why_extra(name: str) -> str:
+    """Why a tensor that no rule names cannot be there; unsupported quantizations are known by what they add."""
+    kind = name.rpartition(".")[2]
+    known = {
+        "weight_zero_point": "is of an asymmetric quantization, which is not supported",
+        "weight_g_idx": "is of a quantization that reorders columns (actorder group), which is not supported",
+        "input_scale": "is of a quantization with static activation scales, which is not supported",
+    }
+    return known.get(kind, "is not a tensor of this model")
 
 
 def _read_tensors(directory: Path) -> dict[str, TensorInfo]:
@@ -102,7 +118,7 @@ def _read_tensors(directory: Path) -> dict[str, TensorInfo]:
 
 def _read_shards(directory: Path) -> Iterable[TensorInfo]:
     """Every tensor that the index names, from the shard that it names; the two must agree."""
-    weight_map = _read_weight_map(directory / INDEX_FILE)
+    weight_map = read_weight_map(directory / INDEX_FILE)
     headers: dict[str, dict[str, TensorInfo]] = {}
     for shard in dict.fromkeys(weight_map.values()):
         if Path(shard).name != shard:
@@ -118,18 +134,6 @@ def _read_shards(directory: Path) -> Iterable[TensorInfo]:
         for name in tensors:
             if weight_map.get(name) != shard:
                 raise CheckpointError(str(directory / shard), name, f"is in this shard, but not by {INDEX_FILE}")
-
-
-def _read_weight_map(file: Path) -> dict[str, str]:
-    class Index(msgspec.Struct):
-        weight_map: dict[str, str]
-
-    try:
-        return msgspec.json.decode(file.read_bytes(), type=Index).weight_map
-    except OSError as e:
-        raise CheckpointError(str(file), None, f"cannot be read: {e.strerror}") from e
-    except (msgspec.DecodeError, UnicodeDecodeError) as e:
-        raise CheckpointError(str(file), None, f"malformed index: {e}") from e
 
 
 def _normalised(infos: Iterable[TensorInfo]) -> dict[str, TensorInfo]:

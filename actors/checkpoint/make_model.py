@@ -18,8 +18,9 @@ from torch import Tensor
 
 from actors.checkpoint.config import ModelConfig
 from actors.checkpoint.expected import ExpertLayout, expected_tensors
-from actors.checkpoint.index import INDEX_FILE, SINGLE_FILE
-from actors.checkpoint.random_weights import quantize_fp8, random_down, random_gate_up, random_lm_head, random_tensor
+from actors.checkpoint.layouts.rules import PLAIN_DTYPES
+from actors.checkpoint.quantized import PACKED, quantize_fp8, quantize_int4
+from actors.checkpoint.random_weights import random_down, random_gate_up, random_lm_head, random_tensor
 from actors.checkpoint.reader import TORCH_DTYPES, Progress
 from actors.checkpoint.shapes import (
     LAYOUTS,
@@ -30,6 +31,7 @@ from actors.checkpoint.shapes import (
     generation_config_json,
     shape_config,
 )
+from actors.checkpoint.stored_names import INDEX_FILE, SINGLE_FILE
 from actors.checkpoint.tokenizer_files import write_tokenizer
 
 SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -111,13 +113,11 @@ def _plan(config: ModelConfig, layout: ExpertLayout, seed: int) -> list[_Planned
     dtype: torch.dtype = getattr(torch, config.dtype)
     planned = []
     for name, rule in expected_tensors(config, layout).items():
-        if rule.optional:
+        if name == "lm_head.weight" and rule.optional:
             continue
-        stored = dtype
-        if name.endswith(".weight_scale"):
-            stored = torch.bfloat16
-        elif rule.dtypes == ("F8_E4M3",):
-            stored = torch.float8_e4m3fn
+        stored = dtype if rule.dtypes == PLAIN_DTYPES else TORCH_DTYPES[rule.dtypes[0]]
+        if name.endswith("_scale"):
+            stored = torch.float32 if layout == "fused_fp8" else torch.bfloat16
         make = partial(_make_tensor, config, name, rule.shape, stored, seed)
         planned.append(_Planned(name=name, dtype=stored, shape=rule.shape, make=make))
     return sorted(planned, key=lambda tensor: _layer_of(tensor.name, config))
@@ -134,30 +134,52 @@ def _make_tensor(
     config: ModelConfig, name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int
 ) -> Iterator[Tensor]:
     """The values of one stored tensor, in parts of one matrix each."""
-    fused = re.fullmatch(r"model\.layers\.(\d+)\.feed_forward\.experts\.(gate_up|down)_proj", name)
+    fused = re.fullmatch(r"model\.layers\.(\d+)\.feed_forward\.experts\.(gate_up|down)_proj(_scale)?", name)
+    linear, _, kind = name.rpartition(".")
     if fused:
         for expert in range(config.num_experts):
-            random_part = random_gate_up if fused[2] == "gate_up" else random_down
-            yield random_part(config, int(fused[1]), expert, seed=seed, device=_CPU).t().to(dtype)
-    elif name.endswith(".weight_scale"):
-        weight_shape = _weight_shape(config, name)
-        yield _quantized(name.removesuffix("_scale"), weight_shape, seed)[1].unsqueeze(-1).to(dtype)
+            yield _fused_part(config, int(fused[1]), expert, fused[2], seed, dtype, is_scale=bool(fused[3]))
+    elif kind == "weight_packed":
+        yield _int4(linear, (shape[0], shape[1] * PACKED), seed)[0]
+    elif kind == "weight_shape":
+        yield torch.tensor(_weight_shape(config, linear), dtype=dtype)
+    elif kind == "weight_scale":
+        quantized = _int4 if config.quantized == "int4" else _fp8
+        scale = quantized(linear, _weight_shape(config, linear), seed)[1]
+        yield scale.reshape(shape).to(dtype)
     elif dtype == torch.float8_e4m3fn:
-        yield _quantized(name, shape, seed)[0]
+        yield _fp8(linear, (shape[0], shape[1]), seed)[0]
     elif name == "lm_head.weight":
         yield random_lm_head(config, seed=seed, device=_CPU).to(dtype)
     else:
         yield random_tensor(name, shape, seed=seed, device=_CPU).to(dtype)
 
 
-def _weight_shape(config: ModelConfig, scale_name: str) -> tuple[int, int]:
-    is_down = scale_name.endswith(".down_proj.weight_scale")
-    return (config.hidden_size, config.expert_width) if is_down else (config.expert_width, config.hidden_size)
+def _fused_part(
+    config: ModelConfig, layer: int, expert: int, part: str, seed: int, dtype: torch.dtype, *, is_scale: bool
+) -> Tensor:
+    """One expert's slice of a fused tensor, input-major, or of its scales."""
+    random_part = random_gate_up if part == "gate_up" else random_down
+    values_OI = random_part(config, layer, expert, seed=seed, device=_CPU)
+    if is_scale:
+        return quantize_fp8(values_OI)[1].to(dtype)
+    return (quantize_fp8(values_OI)[0] if dtype == torch.float8_e4m3fn else values_OI).t().to(dtype)
+
+
+def _weight_shape(config: ModelConfig, linear: str) -> tuple[int, int]:
+    """[O, I] of a linear of an expert or an FFN by its name."""
+    width = config.expert_width if "expert" in linear else config.dense_width
+    return (config.hidden_size, width) if linear.endswith(".down_proj") else (width, config.hidden_size)
 
 
 @lru_cache(maxsize=1)  # a weight's scale is written right after it
-def _quantized(name: str, shape: tuple[int, ...], seed: int) -> tuple[Tensor, Tensor]:
-    return quantize_fp8(random_tensor(name, shape, seed=seed, device=_CPU))
+def _fp8(linear: str, shape: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
+    return quantize_fp8(random_tensor(f"{linear}.weight", shape, seed=seed, device=_CPU))
+
+
+@lru_cache(maxsize=1)
+def _int4(linear: str, shape: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
+    return quantize_int4(random_tensor(f"{linear}.weight", shape, seed=seed, device=_CPU))
 
 
 def _split(planned: list[_Planned], shards: int) -> list[list[_Planned]]:

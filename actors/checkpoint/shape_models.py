@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from actors.checkpoint.expected import num_checkpoint_bytes
-from actors.checkpoint.shapes import LAYOUTS, SHAPES, ModelShape, StoredExperts, shape_config
+from actors.checkpoint.shapes import LAYOUTS, ModelShape, StoredExperts, named_shape, shape_config
 from actors.errors import ConfigError
 
 MAKER_VERSION = 1  # raise it when the same shape and seed would give another model
@@ -50,13 +50,13 @@ def _demo_directory() -> Path:
 def ensure_shape_model(
     name: str, cache_dir: Path, *, with_weights: bool = True, progress: _Progress | None = None
 ) -> Path:
-    """The checkpoint that `shape:NAME` stands for, made on first use; `NAME-fp8` has FP8 experts.
+    """The checkpoint that `shape:NAME` stands for, made on first use (see `shapes.named_shape`).
 
     Safe with concurrent callers: one makes it, the others wait. A directory that exists is complete. Changing a shape
     or MAKER_VERSION makes a new one. `with_weights` False is for `load: dummy`, at any size.
     Raises ConfigError for an unknown name, or for one whose weights would take more than MAX_SHAPE_BYTES.
     """
-    shape, experts = _named_shape(name)
+    shape, experts = named_shape(name)
     key = hashlib.blake2b(f"{MAKER_VERSION} {shape} {experts} {with_weights}".encode(), digest_size=6).hexdigest()
     final = cache_dir / key / name
     if final.is_dir():
@@ -89,13 +89,6 @@ def _make(
         make_model(directory, shape, experts=experts, progress=progress)
     else:
         write_description(directory, shape, experts=experts)
-
-
-def _named_shape(name: str) -> tuple[ModelShape, StoredExperts]:
-    plain_name = name.removesuffix("-fp8")
-    if plain_name not in SHAPES:
-        raise ConfigError("model", f"shape {name!r} is not known; known are {', '.join(sorted(SHAPES))}")
-    return SHAPES[plain_name], "fused" if plain_name == name else "fp8"
 
 
 def _check_size(name: str, shape: ModelShape, experts: StoredExperts) -> None:

@@ -5,20 +5,25 @@ meta-llama/Llama-4-Scout-17B-16E-Instruct and Llama-4-Maverick-17B-128E-Instruct
 peculiarity of those at a size that a test can afford.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from actors.checkpoint.config import ModelConfig, RopeScaling, parse_model_config
 from actors.checkpoint.expected import ExpertLayout
 from actors.checkpoint.tokenizer_files import special_tokens
+from actors.errors import ConfigError
 
 ConfigStyle = Literal["old", "new"]
-StoredExperts = Literal["fused", "fp8", "per_expert"]
+StoredExperts = Literal["fused", "fp8", "per_expert", "fp8_ffn", "int4", "fused_fp8"]
+"""How a checkpoint stores routed experts; fp8_ffn and int4 have shared experts and dense layers in that form too."""
 
 LAYOUTS: dict[StoredExperts, ExpertLayout] = {
     "fused": "fused",
     "fp8": "per_expert_fp8",
     "per_expert": "per_expert",
+    "fp8_ffn": "per_expert_fp8",
+    "int4": "per_expert_int4",
+    "fused_fp8": "fused_fp8",
 }
 
 
@@ -95,6 +100,9 @@ _TINY_SCOUT = ModelShape(
     dtype="float32",
 )
 
+# Widths of whole INT4 groups, so that every form can be tested, in two shards too.
+_TINY_WIDE = replace(_TINY, hidden_size=128, num_layers=4, expert_width=256, dense_width=512, num_experts=4)
+
 # 100,512,256 parameters, 27.4 M of them active per token: embedding and head 8.4 M, attention 9.4 M, dense layers
 # 4.7 M, shared experts 2.4 M, routers 0.1 M, routed experts 75.5 M.
 _BENCH_MAVERICK = ModelShape(
@@ -158,10 +166,30 @@ _SCOUT = ModelShape(
 SHAPES: dict[str, ModelShape] = {
     "tiny": _TINY,
     "tiny-scout": _TINY_SCOUT,
+    "tiny-wide": _TINY_WIDE,
     "bench-maverick": _BENCH_MAVERICK,
     "maverick": _MAVERICK,
     "scout": _SCOUT,
 }
+
+
+_FORMS: dict[str, StoredExperts] = {"fp8": "fp8", "int4": "int4"}
+
+
+def named_shape(name: str) -> tuple[ModelShape, StoredExperts]:
+    """A shape and its form by name: NAME as it is, NAME-fp8, NAME-int4. Raises ConfigError for what is not known.
+
+    What is published under those words is meant: FP8 Maverick has quantized routed experts only, FP8 Scout shared ones
+    too. Sources: meta-llama/Llama-4-Maverick-17B-128E-Instruct-FP8, RedHatAI's FP8-dynamic and w4a16 of Scout.
+    """
+    plain_name, _, form = name.rpartition("-")
+    if form not in _FORMS or plain_name not in SHAPES:
+        plain_name, form = name, ""
+    if plain_name not in SHAPES:
+        raise ConfigError("model", f"shape {name!r} is not known; known are {', '.join(sorted(SHAPES))}")
+    if (plain_name, form) == ("scout", "fp8"):
+        return SHAPES[plain_name], "fp8_ffn"
+    return SHAPES[plain_name], _FORMS[form] if form else "fused"
 
 
 def shape_config(shape: ModelShape, *, experts: StoredExperts = "fused", dtype: str = "auto") -> ModelConfig:
@@ -185,7 +213,7 @@ def config_json(
     dtype = shape.dtype if dtype == "auto" else dtype
     text = _common(shape) | (_old_keys(shape) if style == "old" else _new_keys(shape))
     dtype_key = "torch_dtype" if style == "old" else "dtype"
-    outer = {dtype_key: dtype} | ({"quantization_config": _FP8_QUANTIZATION} if experts == "fp8" else {})
+    outer = {dtype_key: dtype} | _quantization(experts)
     if not nested:
         return {"architectures": ["Llama4ForCausalLM"], **text, **outer}
     specials = special_tokens(shape.base_vocab, shape.vocab_size)
@@ -272,21 +300,40 @@ def _rotates(shape: ModelShape) -> list[int]:
     return [int((layer + 1) % shape.nope_interval != 0) for layer in range(shape.num_layers)]
 
 
-# As meta-llama/Llama-4-Maverick-17B-128E-Instruct-FP8 states it.
-_FP8_QUANTIZATION: dict[str, Any] = {
-    "quant_method": "compressed-tensors",
-    "format": "float-quantized",
-    "quantization_status": "compressed",
-    "kv_cache_scheme": None,
-    "ignore": ["re:.*self_attn.*", "re:.*router.*", "re:.*shared_expert.*", "re:.*feed_forward\\.(gate|up|down)_proj.*",
-               "lm_head"],
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False,
-                        "observer": "minmax"},
-            "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True,
-                                  "dynamic": True},
-        }
-    },
+_NEVER_QUANTIZED = ["re:.*self_attn.*", "re:.*router.*", "re:.*vision_model.*", "re:.*multi_modal_projector.*",
+                    "re:.*lm_head"]  # fmt: skip
+_FFN = ["re:.*shared_expert.*", "re:.*feed_forward\\.(gate|up|down)_proj.*"]
+
+_FP8_GROUP: dict[str, Any] = {
+    "targets": ["Linear"],
+    "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False,
+                "observer": "minmax"},
+    "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True, "dynamic": True},
 }  # fmt: skip
+
+_INT4_GROUP: dict[str, Any] = {
+    "targets": ["Linear"],
+    "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True,
+                "dynamic": False, "observer": "minmax", "actorder": None},
+    "input_activations": None,
+}  # fmt: skip
+
+
+def _quantization(experts: StoredExperts) -> dict[str, Any]:
+    """The quantization_config of a checkpoint, as llm-compressor states it; the fused form's as transformers does."""
+    if experts in ("fused", "per_expert"):
+        return {}
+    if experts == "fused_fp8":
+        kept = ["self_attn", "router", "shared_expert", "feed_forward.gate_proj", "feed_forward.up_proj",
+                "feed_forward.down_proj", "lm_head"]  # fmt: skip
+        return {"quantization_config": {"quant_method": "fbgemm_fp8", "modules_to_not_convert": kept}}
+    is_int4 = experts == "int4"
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized" if is_int4 else "float-quantized",
+        "quantization_status": "compressed",
+        "kv_cache_scheme": None,
+        "ignore": _NEVER_QUANTIZED + (_FFN if experts == "fp8" else []),
+        "config_groups": {"group_0": _INT4_GROUP if is_int4 else _FP8_GROUP},
+    }
+    return {"quantization_config": config}

@@ -1,84 +1,45 @@
-"""The final tensors that ranks compute with, and how they come to be: read from a checkpoint or made at random.
+"""How the final tensors come to be: read from a checkpoint, or made at random.
 
 Owns which stored tensors make which final one, so that a rank reads only what it holds. Knows nothing of how they are
-multiplied. Shapes: V vocabulary, D hidden, F width of an FFN, N = 2F, S slots, E experts, A = heads * head_dim,
-Q = (heads + 2 * kv heads) * head_dim. All weights are out-major: y = x @ weight.T.
+multiplied, nor of which tensors there are (`tensors.py`, whose names are offered here too).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Literal
 
 import torch
-from torch import Tensor
 
 from actors.checkpoint.config import ModelConfig
+from actors.checkpoint.dense_parts import DensePart, dense_parts
+from actors.checkpoint.expected import FORM_OF_LAYOUT, ffn_form
 from actors.checkpoint.index import CheckpointIndex
 from actors.checkpoint.layouts import fused, per_expert
 from actors.checkpoint.layouts.rules import ExpertTarget
-from actors.checkpoint.pieces import whole
-from actors.checkpoint.random_weights import quantize_fp8, random_down, random_gate_up, random_lm_head, random_tensor
+from actors.checkpoint.quantization import ExpertFormat
+from actors.checkpoint.quantized import put_quantized
+from actors.checkpoint.random_weights import random_down, random_gate_up
 from actors.checkpoint.reader import Progress, Reader
+from actors.checkpoint.shard import WHOLE, Shard, check_shard
+from actors.checkpoint.tensors import (
+    AttentionWeights,
+    DenseFfn,
+    ExpertWeights,
+    LayerWeights,
+    MoeGate,
+    Room,
+    allocate_attention,
+    allocate_slots,
+    num_weight_bytes,
+)
+
+__all__ = [
+    "AttentionWeights", "DenseFfn", "ExpertTarget", "ExpertWeights", "LayerWeights", "MoeGate", "Room", "Shard",
+    "allocate_slots", "dummy_attention", "dummy_experts", "load_attention", "load_experts", "make_expert",
+    "num_weight_bytes", "read_experts",
+]  # fmt: skip
 
 Slots = Mapping[int, tuple[int, ...]]  # layer -> expert of each slot, as RankSpec.slots
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DenseFfn:
-    """SwiGLU: down(silu(gate(x)) * up(x)). The gate is the first half of `gate_up_ND` [2F, D]; `down_DF` [D, F]."""
-
-    gate_up_ND: Tensor
-    down_DF: Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MoeGate:
-    """What an attention rank holds of a MoE layer: the router [E, D] and the shared expert."""
-
-    router_ED: Tensor
-    shared: DenseFfn
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerWeights:
-    """One layer, without its routed experts. `wqkv_QD` is queries, keys, values, in that order; `wo_DA` [D, A]."""
-
-    input_norm_D: Tensor
-    post_norm_D: Tensor
-    wqkv_QD: Tensor
-    wo_DA: Tensor
-    ffn: DenseFfn | MoeGate
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionWeights:
-    """Everything but the routed experts. With tied embeddings `lm_head_VD` is `embed_VD`."""
-
-    embed_VD: Tensor
-    final_norm_D: Tensor
-    lm_head_VD: Tensor
-    layers: tuple[LayerWeights, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertWeights:
-    """The slots of one MoE layer: `gate_up_SND` [S, 2F, D], gate half first, and `down_SDF` [S, D, F].
-
-    With scales (fp32, per output channel) the weights are float8_e4m3fn and W[o, i] = weight[o, i] * scale[o].
-    """
-
-    gate_up_SND: Tensor
-    down_SDF: Tensor
-    gate_up_scale_SN: Tensor | None = None
-    down_scale_SD: Tensor | None = None
-
-    def slot(self, slot: int) -> ExpertTarget:
-        """Views of one slot."""
-        return ExpertTarget(
-            gate_up_ND=self.gate_up_SND[slot],
-            down_DF=self.down_SDF[slot],
-            gate_up_scale_N=None if self.gate_up_scale_SN is None else self.gate_up_scale_SN[slot],
-            down_scale_D=None if self.down_scale_SD is None else self.down_scale_SD[slot],
-        )
+QuantizeFfn = Literal["", "fp8"]
 
 
 def load_attention(
@@ -87,12 +48,67 @@ def load_attention(
     dtype: torch.dtype,
     device: torch.device | str,
     progress: Progress | None = None,
+    *,
+    shard: Shard = WHOLE,
+    quantize_ffn: QuantizeFfn = "",
 ) -> AttentionWeights:
-    """Reads everything but the routed experts, converted to `dtype`. Raises CheckpointError."""
-    weights = _empty_attention(config, dtype, torch.device(device))
-    pieces = [whole(index.tensor(name), target) for name, target in _parts(weights, config)]
-    Reader().read(pieces, progress)
+    """Reads one shard of everything but the routed experts; what is not quantized is converted to `dtype`.
+
+    `quantize_ffn` "fp8" makes plain shared experts and dense layers FP8, one linear at a time, on the device; quantized
+    ones stay as they are. Raises CheckpointError, and ConfigError for a shard that the model cannot be divided into.
+    """
+    weights, parts = _attention_room(config, dtype, torch.device(device), shard, quantize_ffn)
+    count = _Count(progress, sum(_num_read_bytes(part, index) for part in parts))
+    straight = [part for part in parts if not part.is_converted]
+    Reader().read([piece for part in straight for piece in part.pieces(index.tensors, part.target)], count.part())
+    for part in parts:
+        if part.is_converted:
+            staged = part.staging(index.tensors, weights.embed_VD.device)
+            Reader().read(part.pieces(index.tensors, staged), count.part())
+            part.convert(staged)
+    _give_back(weights.embed_VD.device)
     return weights
+
+
+def _num_read_bytes(part: DensePart, index: CheckpointIndex) -> int:
+    staged = part.staging(index.tensors, torch.device("meta"))
+    return sum(piece.num_bytes for piece in part.pieces(index.tensors, staged))
+
+
+def dummy_attention(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int,
+    *,
+    shard: Shard = WHOLE,
+    quantize_ffn: QuantizeFfn = "",
+) -> AttentionWeights:
+    """Random weights made on the device, no file read; the same for the same seed and kind of device.
+
+    Shards of one seed are parts of the same model. Raises ConfigError for a shard that cannot be.
+    """
+    weights, parts = _attention_room(config, dtype, torch.device(device), shard, quantize_ffn)
+    for part in parts:
+        part.make(config, seed)
+    _give_back(weights.embed_VD.device)
+    return weights
+
+
+def _give_back(device: torch.device) -> None:
+    """What converting and making took is the device's again: the KV cache takes what is free."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _attention_room(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, shard: Shard, quantize_ffn: QuantizeFfn
+) -> tuple[AttentionWeights, list[DensePart]]:
+    check_shard(config, shard.of)
+    stored = ffn_form(config)
+    held: ExpertFormat = "fp8" if stored == "plain" and quantize_ffn == "fp8" else stored
+    weights = allocate_attention(config, Room.on(device, held, dtype), shard)
+    return weights, list(dense_parts(weights, config))
 
 
 def load_experts(
@@ -103,11 +119,11 @@ def load_experts(
     device: torch.device | str,
     progress: Progress | None = None,
 ) -> dict[int, ExpertWeights]:
-    """Reads the experts of `slots` and nothing else; by layer. FP8 stays FP8 with its scales, whatever `dtype` is.
+    """Reads the experts of `slots` and nothing else; by layer. Quantized ones stay as they are stored on any device.
 
     Raises CheckpointError, and ValueError for a slot that the model does not have.
     """
-    weights = _empty_experts(config, slots, dtype, torch.device(device), fp8=index.layout == "per_expert_fp8")
+    weights = _experts_room(config, slots, dtype, torch.device(device), FORM_OF_LAYOUT[index.layout])
     read_experts(index, _targets(weights, slots), progress)
     return weights
 
@@ -119,126 +135,46 @@ def read_experts(
 
     On CUDA the reads are queued on the calling thread's current stream, and may not have ended when it returns.
     """
-    pieces_of = fused.expert_pieces if index.layout == "fused" else per_expert.expert_pieces
-    pieces = [piece for layer, expert, target in wanted for piece in pieces_of(index.tensors, layer, expert, target)]
+    form, is_fused = FORM_OF_LAYOUT[index.layout], index.layout.startswith("fused")
+    pieces = [
+        piece
+        for layer, expert, target in wanted
+        for piece in (
+            fused.expert_pieces(index.tensors, layer, expert, target)
+            if is_fused
+            else per_expert.expert_pieces(index.tensors, form, layer, expert, target)
+        )
+    ]
     Reader().read(pieces, progress)
 
 
-def dummy_attention(config: ModelConfig, dtype: torch.dtype, device: torch.device | str, seed: int) -> AttentionWeights:
-    """Random weights made on the device, no file read; the same for the same seed and kind of device."""
-    weights = _empty_attention(config, dtype, torch.device(device))
-    for name, target in _parts(weights, config):
-        if name == "lm_head.weight":
-            target.copy_(random_lm_head(config, seed=seed, device=target.device))
-        else:
-            target.copy_(random_tensor(name, tuple(target.shape), seed=seed, device=target.device))
-    return weights
-
-
 def dummy_experts(
-    config: ModelConfig, slots: Slots, dtype: torch.dtype, device: torch.device | str, seed: int, fp8: bool
+    config: ModelConfig, slots: Slots, dtype: torch.dtype, device: torch.device | str, seed: int, form: ExpertFormat
 ) -> dict[int, ExpertWeights]:
     """Random experts made on the device. Each depends on (seed, layer, expert) only: any split is the same model."""
-    weights = _empty_experts(config, slots, dtype, torch.device(device), fp8)
+    weights = _experts_room(config, slots, dtype, torch.device(device), form)
     for layer, expert, target in _targets(weights, slots):
         make_expert(config, layer, expert, target, seed)
     return weights
 
 
 def make_expert(config: ModelConfig, layer: int, expert: int, target: ExpertTarget, seed: int) -> None:
-    """Fills `target`, on its device, with the random expert of (seed, layer, expert)."""
+    """Fills `target`, on its device and in its form, with the random expert of (seed, layer, expert)."""
     device = target.down_DF.device
     gate_up_ND = random_gate_up(config, layer, expert, seed=seed, device=device)
-    _fill(target.gate_up_ND, target.gate_up_scale_N, gate_up_ND)
-    _fill(target.down_DF, target.down_scale_D, random_down(config, layer, expert, seed=seed, device=device))
+    put_quantized(gate_up_ND, target.gate_up_ND, target.gate_up_scale_N)
+    put_quantized(random_down(config, layer, expert, seed=seed, device=device), target.down_DF, target.down_scale_D)
 
 
-def num_weight_bytes(weights: AttentionWeights | Mapping[int, ExpertWeights]) -> int:
-    """Bytes that the tensors occupy."""
-    if isinstance(weights, AttentionWeights):
-        tensors = [weights.embed_VD, weights.final_norm_D]
-        if weights.lm_head_VD is not weights.embed_VD:
-            tensors.append(weights.lm_head_VD)
-        for layer in weights.layers:
-            ffn = layer.ffn if isinstance(layer.ffn, DenseFfn) else layer.ffn.shared
-            tensors += [layer.input_norm_D, layer.post_norm_D, layer.wqkv_QD, layer.wo_DA, ffn.gate_up_ND, ffn.down_DF]
-            if isinstance(layer.ffn, MoeGate):
-                tensors.append(layer.ffn.router_ED)
-    else:
-        tensors = [
-            tensor
-            for experts in weights.values()
-            for tensor in (experts.gate_up_SND, experts.down_SDF, experts.gate_up_scale_SN, experts.down_scale_SD)
-            if tensor is not None
-        ]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _fill(weight_OI: Tensor, scale_O: Tensor | None, values_OI: Tensor) -> None:
-    if scale_O is None:
-        weight_OI.copy_(values_OI)
-        return
-    quantized_OI, scales_O = quantize_fp8(values_OI)
-    weight_OI.copy_(quantized_OI)
-    scale_O.copy_(scales_O)
-
-
-def _empty_attention(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> AttentionWeights:
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    hidden = config.hidden_size
-    embed_VD = empty(config.vocab_size, hidden)
-    return AttentionWeights(
-        embed_VD=embed_VD,
-        final_norm_D=empty(hidden),
-        lm_head_VD=embed_VD if config.tie_word_embeddings else empty(config.vocab_size, hidden),
-        layers=tuple(
-            LayerWeights(
-                input_norm_D=empty(hidden),
-                post_norm_D=empty(hidden),
-                wqkv_QD=empty((config.num_heads + 2 * config.num_kv_heads) * config.head_dim, hidden),
-                wo_DA=empty(hidden, config.num_heads * config.head_dim),
-                ffn=_empty_ffn(config, layer, dtype, device),
-            )
-            for layer in range(config.num_layers)
-        ),
-    )
-
-
-def _empty_ffn(config: ModelConfig, layer: int, dtype: torch.dtype, device: torch.device) -> DenseFfn | MoeGate:
-    hidden, is_moe = config.hidden_size, config.is_moe(layer)
-    width = config.expert_width if is_moe else config.dense_width
-    ffn = DenseFfn(
-        gate_up_ND=torch.empty(2 * width, hidden, dtype=dtype, device=device),
-        down_DF=torch.empty(hidden, width, dtype=dtype, device=device),
-    )
-    if not is_moe:
-        return ffn
-    return MoeGate(router_ED=torch.empty(config.num_experts, hidden, dtype=dtype, device=device), shared=ffn)
-
-
-def _empty_experts(
-    config: ModelConfig, slots: Slots, dtype: torch.dtype, device: torch.device, fp8: bool
+def _experts_room(
+    config: ModelConfig, slots: Slots, dtype: torch.dtype, device: torch.device, form: ExpertFormat
 ) -> dict[int, ExpertWeights]:
     for layer, experts in slots.items():
         if not config.is_moe(layer) or any(not 0 <= expert < config.num_experts for expert in experts):
             raise ValueError(f"layer {layer} has no experts {experts}")
-    stored = torch.float8_e4m3fn if fp8 else dtype
-    return {layer: allocate_slots(config, len(experts), stored, device, fp8) for layer, experts in slots.items()}
-
-
-def allocate_slots(
-    config: ModelConfig, num_slots: int, dtype: torch.dtype, device: torch.device, scales: bool
-) -> ExpertWeights:
-    """Room for `num_slots` experts of one layer, contents undefined; with room for scales if they have any."""
+    room = Room(form=form, dtype=dtype, device=device, widens=False)
     hidden, width = config.hidden_size, config.expert_width
-    return ExpertWeights(
-        gate_up_SND=torch.empty(num_slots, 2 * width, hidden, dtype=dtype, device=device),
-        down_SDF=torch.empty(num_slots, hidden, width, dtype=dtype, device=device),
-        gate_up_scale_SN=torch.empty(num_slots, 2 * width, device=device) if scales else None,
-        down_scale_SD=torch.empty(num_slots, hidden, device=device) if scales else None,
-    )
+    return {layer: allocate_slots(hidden, width, len(experts), room) for layer, experts in slots.items()}
 
 
 def _targets(weights: Mapping[int, ExpertWeights], slots: Slots) -> Iterator[tuple[int, int, ExpertTarget]]:
@@ -247,35 +183,21 @@ def _targets(weights: Mapping[int, ExpertWeights], slots: Slots) -> Iterator[tup
             yield layer, expert, weights[layer].slot(slot)
 
 
-def _parts(weights: AttentionWeights, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Every stored tensor of an attention rank by its text-only name, and the view of a final tensor that it fills."""
-    yield "model.embed_tokens.weight", weights.embed_VD
-    yield "model.norm.weight", weights.final_norm_D
-    if not config.tie_word_embeddings:
-        yield "lm_head.weight", weights.lm_head_VD
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    for idx, layer in enumerate(weights.layers):
-        parts = {
-            "input_layernorm": layer.input_norm_D,
-            "post_attention_layernorm": layer.post_norm_D,
-            "self_attn.q_proj": layer.wqkv_QD[:queries],
-            "self_attn.k_proj": layer.wqkv_QD[queries : queries + keys],
-            "self_attn.v_proj": layer.wqkv_QD[queries + keys :],
-            "self_attn.o_proj": layer.wo_DA,
-        }
-        if isinstance(layer.ffn, MoeGate):
-            parts["feed_forward.router"] = layer.ffn.router_ED
-            parts |= _ffn_parts("feed_forward.shared_expert.", layer.ffn.shared)
-        else:
-            parts |= _ffn_parts("feed_forward.", layer.ffn)
-        for name, target in parts.items():
-            yield f"model.layers.{idx}.{name}.weight", target
+class _Count:
+    """One progress for several reads."""
 
+    def __init__(self, progress: Progress | None, total_bytes: int) -> None:
+        self._progress = progress
+        self._total_bytes = total_bytes
+        self._done_bytes = 0
 
-def _ffn_parts(prefix: str, ffn: DenseFfn) -> dict[str, Tensor]:
-    width = ffn.down_DF.shape[1]
-    return {
-        prefix + "gate_proj": ffn.gate_up_ND[:width],
-        prefix + "up_proj": ffn.gate_up_ND[width:],
-        prefix + "down_proj": ffn.down_DF,
-    }
+    def part(self) -> Callable[[int, int], None]:
+        """The progress of the next read."""
+        begin_bytes = self._done_bytes
+
+        def report(done: int, total: int) -> None:
+            self._done_bytes = begin_bytes + done
+            if self._progress is not None:
+                self._progress(self._done_bytes, self._total_bytes)
+
+        return report

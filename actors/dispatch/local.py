@@ -12,6 +12,16 @@ from actors.dispatch.contract import ExpertCompute, Receipt, RoutingTable
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceReceipt:
+    """What came, as it came: a GPU scales, sorts and quantizes rows in one kernel, and puts them back in another."""
+
+    x_TD: Tensor
+    expert_ids_TK: Tensor
+    scores_TK: Tensor
+    layer: int
+
+
+@dataclass(frozen=True, slots=True)
 class LocalReceipt:
     """Scaled rows (token-major, K of each token in a row) and the slots they go to."""
 
@@ -31,6 +41,7 @@ class LocalDispatch:
         ranks = torch.unique(routing.ranks_MER)
         if ranks.numel() > 1:
             raise ValueError(f"experts are spread over ranks {ranks.tolist()}; local dispatch reaches one")
+        self.is_capturable = True
         self._experts = experts
         # Replicas inside one process share its speed: the first one serves.
         self._slots_of_layer = dict(zip(routing.layers, routing.slots_MER[:, :, 0].contiguous(), strict=True))
@@ -38,13 +49,19 @@ class LocalDispatch:
     def begin_step(self, tokens_of_rank: tuple[int, ...]) -> None:
         """Has no messages to bound."""
 
-    def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, scores_TK: Tensor, layer: int) -> LocalReceipt:
+    def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, scores_TK: Tensor, layer: int) -> Receipt:
+        if x_TD.is_cuda:
+            return DeviceReceipt(x_TD, expert_ids_TK, scores_TK, layer)
         K = expert_ids_TK.shape[1]
-        slots_N = self._slots_of_layer[layer].index_select(0, expert_ids_TK.flatten())
+        ids_N = expert_ids_TK.flatten()
+        slots_N = self._slots_of_layer[layer].index_select(0, ids_N.clamp(min=0)).masked_fill_(ids_N < 0, -1)
         rows_ND = x_TD * scores_TK if K == 1 else (x_TD[:, None] * scores_TK[..., None]).flatten(0, 1)
         return LocalReceipt(rows_ND, slots_N, layer, K)
 
     def combine(self, receipt: Receipt) -> Tensor:
+        if isinstance(receipt, DeviceReceipt):
+            layer, slot_of_E = receipt.layer, self._slots_of_layer[receipt.layer]
+            return self._experts.routed(layer, receipt.x_TD, receipt.expert_ids_TK, receipt.scores_TK, slot_of_E)
         assert isinstance(receipt, LocalReceipt), "receipts belong to the dispatch that made them"
         y_ND = self._experts(receipt.layer, receipt.rows_ND, receipt.slots_N)
         K = receipt.experts_per_token

@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 
 from actors.checkpoint.layouts.rules import ExpertTarget
-from actors.checkpoint.weights import ExpertWeights
+from actors.checkpoint.quantization import ExpertFormat
+from actors.checkpoint.quantized import widen_int4
+from actors.checkpoint.tensors import ExpertWeights, Room, allocate_slots
 from actors.expert.experts import LayerExperts
 from actors.expert.stored import Part, checksum, parts_of
 from actors.types import EMPTY_SLOT, SlotProof
+
+_STORED_DTYPES = {"fp8": torch.float8_e4m3fn, "int4": torch.int32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +32,12 @@ class Held:
 class LayerSlots:
     """Slots of one MoE layer, some of which may be empty. `experts` computes with them."""
 
-    def __init__(self, weights: ExpertWeights, dtype: torch.dtype) -> None:
-        """`weights` has room for every slot, in the form in which it is held; `dtype` is computed in."""
+    def __init__(self, weights: ExpertWeights, dtype: torch.dtype, stored: ExpertFormat) -> None:
+        """`weights` has room for every slot, in the form in which it is held; `dtype` is computed in; `stored` is the
+        form in which an origin gives experts.
+        """
         self.experts = LayerExperts(weights, dtype)
+        self._stored = stored
         self._held: list[Held | None] = [None] * weights.down_SDF.shape[0]
 
     @property
@@ -40,11 +47,6 @@ class LayerSlots:
     @property
     def capacity(self) -> int:
         return len(self._held)
-
-    @property
-    def is_fp8(self) -> bool:
-        """Whether the experts are stored as fp8, however they are held."""
-        return self.weights.down_scale_SD is not None
 
     def held(self, slot: int) -> Held | None:
         """None where the slot is empty, is being written, or is beyond the last one."""
@@ -61,7 +63,7 @@ class LayerSlots:
 
     def parts(self, slot: int) -> tuple[Part, ...]:
         """The slot's tensors as stored bytes."""
-        return parts_of(self.weights.slot(slot), self.is_fp8)
+        return parts_of(self.weights.slot(slot), self._stored)
 
     def drop(self, slot: int) -> None:
         """Nobody is told of the slot any more: it may be written."""
@@ -74,21 +76,29 @@ class LayerSlots:
     def staging(self, slot: int) -> ExpertTarget:
         """Where to read an expert as it is stored: the slot itself, or where that is held otherwise, room beside it."""
         target = self.weights.slot(slot)
-        if not self.is_fp8 or target.down_DF.dtype == torch.float8_e4m3fn:
+        if target.down_DF.dtype == _STORED_DTYPES.get(self._stored, target.down_DF.dtype):
             return target
-        return ExpertTarget(
-            gate_up_ND=torch.empty_like(target.gate_up_ND, dtype=torch.float8_e4m3fn),
-            down_DF=torch.empty_like(target.down_DF, dtype=torch.float8_e4m3fn),
-            gate_up_scale_N=target.gate_up_scale_N,
-            down_scale_D=target.down_scale_D,
-        )
+        (hidden, width), device = target.down_DF.shape, target.down_DF.device
+        room = Room(form=self._stored, dtype=target.down_DF.dtype, device=device, widens=False)
+        return allocate_slots(hidden, width, 1, room).slot(0)
 
     def take_in(self, slot: int, staged: ExpertTarget) -> None:
-        """Brings what was read into `staging` to its final place."""
+        """Brings what was read into `staging` to its final place: FP8 widened as it is, INT4 scaled and rounded once to
+        the dtype that is computed in.
+        """
         target = self.weights.slot(slot)
-        if staged.down_DF.dtype != target.down_DF.dtype:
-            target.gate_up_ND.copy_(staged.gate_up_ND)
-            target.down_DF.copy_(staged.down_DF)
+        if staged.down_DF.dtype == target.down_DF.dtype:
+            return
+        for weight, scale, staged_weight, staged_scale in (
+            (target.gate_up_ND, target.gate_up_scale_N, staged.gate_up_ND, staged.gate_up_scale_N),
+            (target.down_DF, target.down_scale_D, staged.down_DF, staged.down_scale_D),
+        ):
+            assert staged_scale is not None, "what is held otherwise was quantized"
+            if scale is None:
+                weight.copy_(widen_int4(staged_weight, staged_scale, weight.dtype))
+            else:
+                weight.copy_(staged_weight)
+                scale.copy_(staged_scale)
 
     def copy_slot(self, source: int, target: int) -> None:
         """One slot's tensors to another."""

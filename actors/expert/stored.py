@@ -1,7 +1,8 @@
 """An expert as stored bytes: what travels between ranks, and what its checksum is over.
 
 Owns the order and the form of an expert's parts. On a CPU fp8 weights are held widened; here they are fp8 again, which
-is exact, so that an expert has the same bytes on every device. Knows nothing of slots or of who asks.
+is exact, so that an expert has the same bytes on every device. INT4 is packed on a GPU and held plain on a CPU, from
+which there is no exact way back: there what is held is what travels. Knows nothing of slots or of who asks.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from actors.checkpoint.layouts.rules import ExpertTarget
+from actors.checkpoint.quantization import ExpertFormat
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -58,11 +60,11 @@ class Part:
         self.held.view(-1)[first : first + elements.numel()].copy_(elements)
 
 
-def parts_of(expert: ExpertTarget, is_fp8: bool) -> tuple[Part, ...]:
-    """The parts in the order in which they travel: weights, then their scales."""
+def parts_of(expert: ExpertTarget, form: ExpertFormat) -> tuple[Part, ...]:
+    """The parts in the order in which they travel: weights, then their scales. `form` is that of the checkpoint."""
     weights = (expert.gate_up_ND, expert.down_DF)
     scales = (expert.gate_up_scale_N, expert.down_scale_D)
-    stored = torch.float8_e4m3fn if is_fp8 else expert.down_DF.dtype
+    stored = torch.float8_e4m3fn if form == "fp8" else expert.down_DF.dtype
     return tuple(Part(w, stored) for w in weights) + tuple(Part(s, s.dtype) for s in scales if s is not None)
 
 

@@ -12,11 +12,12 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from actors.checkpoint.config import ModelConfig
-from actors.checkpoint.weights import allocate_slots, num_weight_bytes
+from actors.checkpoint.tensors import Room, allocate_slots, num_weight_bytes
 from actors.config import PipelineConfig
 from actors.errors import CheckpointError, LayoutError
 from actors.expert.origin import Origin, make_origin
@@ -33,7 +34,8 @@ Slots = Mapping[int, tuple[int, ...]]
 
 Report = Callable[[int, int], None]  # (bytes done, bytes in all)
 
-READ_BATCH_BYTES = 512 * 1024 * 1024  # read, then proven, before the next; bounds what a CPU stages to widen it
+# Read, then proven, before the next. On a CPU it bounds what is staged to be widened; on a GPU nothing is.
+READ_BATCH_BYTES = {"cpu": 512 << 20, "cuda": 8 << 30}
 PROBE_SEED = 20250405
 NO_PROOF = SlotProof(checksum=0, probe=0.0)
 
@@ -51,7 +53,9 @@ class ExpertWorker:
     ) -> None:
         """Holds nothing yet. `keys` are those of the pipeline's channels, to copy from peers."""
         self.device = device
-        self.weights_name = f"{origin.name} as {dtype}"
+        self._room = Room.on(device, config.quantized, dtype)
+        form = "packed int4" if self._room.is_packed else str(dtype)
+        self.weights_name = f"{origin.name} as {form}"
         self._config = config
         self._dtype = dtype
         self._origin = origin
@@ -59,6 +63,7 @@ class ExpertWorker:
         self._layers: dict[int, LayerSlots] = {}
         self._replaced: list[LayerSlots] = []
         self._changing = threading.Lock()
+        self._num_rows = 0
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         generator = torch.Generator().manual_seed(PROBE_SEED)
         with self._on_stream():
@@ -81,6 +86,8 @@ class ExpertWorker:
         """
         worker = cls(config, compute_dtype(config, pipeline), device, make_origin(config, pipeline), keys)
         worker.change(slots, {}, sources, report)
+        if device.type == "cuda":  # what making and proving took, on a stream whose memory nobody else can use
+            torch.cuda.empty_cache()
         return worker
 
     @property
@@ -91,7 +98,18 @@ class ExpertWorker:
     @torch.inference_mode()
     def __call__(self, layer: int, x_ND: Tensor, slots_N: Tensor) -> Tensor:
         """Row n through the expert in slot `slots_N[n]` of `layer`; rows with slot -1 come back as zeros."""
+        self._num_rows += int(np.count_nonzero(slots_N.numpy() >= 0)) if slots_N.is_cpu else slots_N.shape[0]
         return self._layers[layer].experts(x_ND, slots_N)
+
+    def take_num_rows(self) -> int:
+        """Rows computed since the last call; on a GPU those that are padding too, which the host cannot see."""
+        num_rows, self._num_rows = self._num_rows, 0
+        return num_rows
+
+    @torch.inference_mode()
+    def routed(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, scores_TK: Tensor, slot_of_E: Tensor) -> Tensor:
+        """Tokens through those of their experts that lie in a slot here, summed (see ExpertCompute)."""
+        return self._layers[layer].experts.routed(x_TD, expert_ids_TK, scores_TK, slot_of_E)
 
     @property
     def slots(self) -> dict[int, tuple[int, ...]]:
@@ -180,11 +198,10 @@ class ExpertWorker:
             self._layers[layer] = new
 
     def _allocate(self, layer: int, num_slots: int) -> LayerSlots:
-        is_fp8 = self._config.quantized == "fp8"
-        # A CPU cannot multiply fp8: it is held widened, which is exact (its scales stay apart).
-        held = torch.float8_e4m3fn if is_fp8 and self.device.type == "cuda" else self._dtype
+        config = self._config
         try:
-            return LayerSlots(allocate_slots(self._config, num_slots, held, self.device, is_fp8), self._dtype)
+            weights = allocate_slots(config.hidden_size, config.expert_width, num_slots, self._room)
+            return LayerSlots(weights, self._dtype, config.quantized)
         except torch.OutOfMemoryError as e:
             raise LayoutError(f"no memory for {num_slots} experts of layer {layer}: {e}") from e
 
@@ -229,7 +246,7 @@ class ExpertWorker:
 
     def _read(self, wants: Sequence[Want], progress: "_Progress") -> None:
         """Fills the slots from the origin, batch by batch. Raises CheckpointError."""
-        per_batch = max(1, READ_BATCH_BYTES // self._num_bytes(wants[0])) if wants else 1
+        per_batch = max(1, READ_BATCH_BYTES[self.device.type] // self._num_bytes(wants[0])) if wants else 1
         for first in range(0, len(wants), per_batch):
             batch = wants[first : first + per_batch]
             staged = [self._layers[want.layer].staging(want.slot) for want in batch]

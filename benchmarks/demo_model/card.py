@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 
 from actors.attention.local_model import LocalModel
-from actors.checkpoint.index import SINGLE_FILE
+from actors.checkpoint.stored_names import SINGLE_FILE
 from actors.config import PipelineConfig
 from benchmarks.demo_model.examples import HELD_OUT_SPLITS
 from benchmarks.demo_model.families import FAMILIES

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from actors.checkpoint.config import read_model_config
-from actors.checkpoint.index import SINGLE_FILE
 from actors.checkpoint.layouts.rules import experts_prefix
-from actors.checkpoint.random_weights import quantize_fp8
+from actors.checkpoint.quantized import quantize_fp8
 from actors.checkpoint.shapes import config_json
+from actors.checkpoint.stored_names import SINGLE_FILE
 from benchmarks.demo_model.shape import DIRECTORY, SHAPE
 
 

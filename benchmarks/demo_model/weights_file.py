@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from actors.checkpoint.index import SINGLE_FILE
+from actors.checkpoint.stored_names import SINGLE_FILE
 from benchmarks.demo_model.model import Weights
 
 

@@ -6,6 +6,7 @@ Owns the flags. The work is `actors/checkpoint/make_model.py`'s.
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import get_args
 
 import click
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
@@ -30,8 +31,9 @@ def resized(shape: ModelShape, layers: int | None, sizes: Sequence[str]) -> Mode
 @click.command("make-model")
 @click.argument("directory", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--shape", type=click.Choice(sorted(SHAPES)), default="tiny", show_default=True)
-@click.option("--experts", type=click.Choice(["fused", "fp8", "per_expert"]), default="fused", show_default=True,
-              help="How routed experts are stored: fused, or one by one, in FP8 with scales or plain.")  # fmt: skip
+@click.option("--experts", type=click.Choice(get_args(StoredExperts)), default="fused", show_default=True,
+              help="How routed experts are stored: fused or one by one, plain, FP8 or INT4; fp8_ffn and int4 quantize "
+                   "shared experts and dense layers too.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
               help="Of all other weights; auto is the shape's.")  # fmt: skip
 @click.option("--prefix/--no-prefix", default=False, help="Name tensors as multimodal checkpoints do.")

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.checkpoint.config import ModelConfig, read_model_config
-from actors.checkpoint.shapes import SHAPES, shape_config
+from actors.checkpoint.shapes import SHAPES, named_shape, shape_config
 from actors.config import Layout, PipelineConfig
-from actors.errors import ConfigError, LayoutError
+from actors.errors import LayoutError
 from cluster.floors import decode, prefill, step_floor_s, tensor_parallel_floor_s
 from cluster.footprint import Footprint, Precision, PrecisionName
 from cluster.hardware import Machines, parse_machines
@@ -26,15 +26,16 @@ PREFILL_CHUNK_TOKENS = 8192
 
 @click.command()
 @click.option("--checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A checkpoint.")
-@click.option("--shape", help=f"Instead of a checkpoint: {', '.join(sorted(SHAPES))}; NAME-fp8 for FP8 experts.")
+@click.option("--shape", help=f"Instead of a checkpoint: {', '.join(sorted(SHAPES))}; NAME-fp8 and NAME-int4 too.")
 @click.option("--gpus", "machines_text", default="cpu", show_default=True,
               help="8xH200; 2x8xH200 (2 hosts of 8); cpu.")  # fmt: skip
 @click.option("--layout", type=click.Choice(get_args(Layout)), default="auto", show_default=True)
 @click.option("--attention-ranks", type=click.IntRange(min=1), default=1)
 @click.option("--expert-ranks", type=click.IntRange(min=1), default=1)
+@click.option("--attention-tp", type=click.IntRange(min=1), default=1, help="Ranks that share one attention.")
 @click.option("--expert-replicas", type=click.IntRange(min=1), default=1, help="Copies of every expert.")
 @click.option("--precision", type=click.Choice(get_args(PrecisionName)), default="checkpoint", show_default=True,
-              help="fp8: routed experts only, as in the official Maverick FP8.")  # fmt: skip
+              help="fp8: routed experts only, as in Maverick FP8; int4: all FFNs, as in Scout w4a16.")  # fmt: skip
 @click.option("--max-model-len", type=click.IntRange(min=0), default=0, help="Tokens of prompt and output.")
 @click.option("--gpu-memory-utilization", type=float, default=0.9, show_default=True)
 @click.option("--context", "context_tokens", type=click.IntRange(min=1), default=2048, show_default=True,
@@ -46,6 +47,7 @@ def plan(
     layout: Layout,
     attention_ranks: int,
     expert_ranks: int,
+    attention_tp: int,
     expert_replicas: int,
     precision: PrecisionName,
     max_model_len: int,
@@ -60,6 +62,7 @@ def plan(
             "layout": layout,
             "attention_ranks": attention_ranks,
             "expert_ranks": expert_ranks,
+            "attention_tp": attention_tp,
             "expert_replicas": expert_replicas,
             "max_model_len": max_model_len,
             "gpu_memory_utilization": gpu_memory_utilization,
@@ -83,10 +86,8 @@ def _model(checkpoint: Path | None, shape: str | None) -> ModelConfig:
         raise click.UsageError("state either --checkpoint or --shape")
     if checkpoint is not None:
         return read_model_config(checkpoint)
-    name = str(shape).removesuffix("-fp8")
-    if name not in SHAPES:
-        raise ConfigError("shape", f"{shape!r} is not known; known are {', '.join(sorted(SHAPES))}")
-    return shape_config(SHAPES[name], experts="fused" if name == shape else "fp8")
+    known, stored = named_shape(str(shape))
+    return shape_config(known, experts=stored)
 
 
 def _model_line(footprint: Footprint) -> str:
@@ -103,7 +104,7 @@ def _candidates_table(considered: list[Candidate], pipeline: PipelineConfig, mac
     room = f"{_gb(usable_bytes(pipeline, machines))} usable {'in all' if machines.is_cpu else 'of each'}"
     table = _table(f"Layouts on {machines}, {room}: weights, and what they leave for KV")
     for heading in ("layout", "attention rank", "expert rank", "KV per\nattention rank", "KV tokens\nin all", "fits"):
-        table.add_column(heading, justify="left" if heading == "layout" else "right")
+        table.add_column(heading, justify="left" if heading == "layout" else "right", no_wrap=heading == "layout")
     for candidate in considered:
         fits = "no" if candidate.problem else "yes"
         table.add_row(str(candidate.split), *_candidate_cells(candidate), fits)
@@ -138,12 +139,14 @@ def _decision(decided: Plan) -> str:
 def _floors_table(decided: Plan, considered: list[Candidate], context_tokens: int) -> Table:
     """Floors of the layouts that fit; on one host also that of tensor-parallel attention, to compare with."""
     footprint, machines = decided.footprint, decided.machines
-    compares = not machines.is_cpu and 1 < machines.count <= machines.per_host
+    is_shown = any(candidate.split.attention_tp == machines.count for candidate in considered)
+    compares = not is_shown and not machines.is_cpu and 1 < machines.count <= machines.per_host
     table = _table(
         f"Floors by requests that run at once: ms per decode step at {context_tokens:,} tokens of context, tokens/s",
-        "* more KV than fits" + ("; TP: tensor-parallel attention, for comparison, not available" if compares else ""),
+        "* more KV than fits"
+        + ("; TP: all ranks share one attention (attention_tp), for comparison" if compares else ""),
     )
-    table.add_column("layout")
+    table.add_column("layout", no_wrap=True)
     for batch in BATCHES:
         table.add_column(str(batch), justify="right")
     table.add_column(f"prefill, chunk\nof {PREFILL_CHUNK_TOKENS:,}", justify="right")

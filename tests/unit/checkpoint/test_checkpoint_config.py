@@ -105,7 +105,7 @@ def test_fp8_is_announced_at_either_level() -> None:
     ("changes", "named"),
     [
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config: 'awq'"),
-        ({"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}}, "pack-quantized"),
+        ({"quantization_config": {"quant_method": "compressed-tensors", "format": "nvfp4"}}, "nvfp4"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "low_freq_factor"),
         ({"hidden_size": None}, "hidden_size"),

@@ -238,7 +238,7 @@ def test_missing_tensor(copy_of: Made, edit: Edit, experts: StoredExperts, name:
         "model.layers.0.self_attn.q_proj.bias",
         "model.layers.2.input_layernorm.weight",  # a third layer
         "model.layers.0.feed_forward.router.weight",  # layer 0 is dense
-        "model.layers.1.feed_forward.experts.4.gate_proj.weight_g_idx",
+        "model.layers.1.feed_forward.experts.4.gate_proj.weight_norm",
         "model.rotary_emb.inv_freq",
     ],
 )

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from actors.checkpoint.config import ModelConfig, read_model_config
 from actors.checkpoint.index import CheckpointIndex, validate_checkpoint
 from actors.checkpoint.make_model import make_model
-from actors.checkpoint.random_weights import quantize_fp8
+from actors.checkpoint.quantized import quantize_fp8
 from actors.checkpoint.shapes import SHAPES, ModelShape, StoredExperts, shape_config
 from actors.checkpoint.weights import (
     AttentionWeights,
@@ -132,7 +132,7 @@ def test_any_split_of_the_slots_is_the_whole(made: Made, experts: StoredExperts,
     assert same_experts(part, ExpertWeights(
         gate_up_SND=chosen[0], down_SDF=chosen[1], gate_up_scale_SN=chosen[2], down_scale_SD=chosen[3]
     ))  # fmt: skip
-    dummy = dummy_experts(config, {1: order}, torch.float32, "cpu", 0, fp8=experts == "fp8")[1]
+    dummy = dummy_experts(config, {1: order}, torch.float32, "cpu", 0, form="fp8" if experts == "fp8" else "plain")[1]
     assert same_experts(part, dummy)
 
 
@@ -202,7 +202,7 @@ def test_dummy_weights_are_the_checkpoint_of_the_same_seed(made: Made) -> None:
 
 def test_experts_differ_from_each_other_and_between_layers() -> None:
     config = shape_config(dataclasses.replace(SHAPES["tiny-scout"], num_layers=2, num_experts=2))
-    weights = dummy_experts(config, {0: (0, 1), 1: (0, 1)}, torch.float32, "cpu", 0, fp8=False)
+    weights = dummy_experts(config, {0: (0, 1), 1: (0, 1)}, torch.float32, "cpu", 0, form="plain")
     firsts = [float(weights[layer].gate_up_SND[slot, 0, 0]) for layer in (0, 1) for slot in (0, 1)]
     assert len(set(firsts)) == 4
 

@@ -196,7 +196,7 @@ def test_transformers_reads_the_tokenizer_and_renders_the_template(tmp_path: Pat
 
 @pytest.fixture
 def small_shapes(monkeypatch: pytest.MonkeyPatch, small_shape: ModelShape) -> None:
-    monkeypatch.setitem(shape_models.SHAPES, "small", small_shape)
+    monkeypatch.setitem(SHAPES, "small", small_shape)
 
 
 @pytest.mark.usefixtures("small_shapes")
@@ -253,7 +253,7 @@ def test_another_version_is_another_directory(tmp_path: Path, monkeypatch: pytes
     first = ensure_shape_model("small", tmp_path)
     monkeypatch.setattr(shape_models, "MAKER_VERSION", -1)
     assert ensure_shape_model("small", tmp_path) != first
-    monkeypatch.setitem(shape_models.SHAPES, "small", dataclasses.replace(SHAPES["small"], chunk_tokens=16))
+    monkeypatch.setitem(SHAPES, "small", dataclasses.replace(SHAPES["small"], chunk_tokens=16))
     assert len({first, ensure_shape_model("small", tmp_path)}) == 2
 
 

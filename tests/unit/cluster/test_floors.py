@@ -2,7 +2,7 @@
 
 import pytest
 
-from actors.checkpoint.shapes import SHAPES, shape_config
+from actors.checkpoint.shapes import SHAPES, StoredExperts, shape_config
 from cluster.floors import Split, busiest_rank, decode, prefill, step_floor_s, tensor_parallel_floor_s
 from cluster.footprint import Footprint, Precision
 from cluster.hardware import H200, parse_machines
@@ -39,6 +39,16 @@ def test_tensor_parallel_floors_for_comparison() -> None:
         assert seconds * 1e3 == pytest.approx(expected_ms, rel=0.03)
 
 
+def test_a_unit_of_all_ranks_is_tensor_parallel_and_dispatches_nothing() -> None:
+    unit = Split(layout="colocated", attention_ranks=4, expert_ranks=4, attention_tp=4)
+    assert (str(unit), unit.attention_units) == ("colocated 4 TP4", 1)
+    for work in (decode(1), decode(128), prefill(8192)):
+        assert step_floor_s(OFFICIAL, FOUR, unit, work) == tensor_parallel_floor_s(OFFICIAL, H200, 4, work)
+    half = Split(layout="colocated", attention_ranks=4, expert_ranks=4, attention_tp=2)
+    floors = [step_floor_s(OFFICIAL, FOUR, split, decode(8)) for split in (unit, half, COLOCATED)]
+    assert floors == sorted(floors)  # at small batches, reading dense weights again costs more than sums
+
+
 def test_prefill_floors_of_maverick_on_4xh200() -> None:
     for chunk, expected in {512: 17_897, 2048: 51_946, 8192: 91_615, 16384: 104_976}.items():
         rate = chunk / step_floor_s(OFFICIAL, FOUR, COLOCATED, prefill(chunk))
@@ -50,6 +60,14 @@ def test_scout_fp8_on_one_h200() -> None:
     for batch, expected_ms in {1: 4.8, 8: 13.2, 32: 25.9, 128: 37.7}.items():
         seconds = step_floor_s(footprint, parse_machines("H200"), Split(layout="single"), decode(batch))
         assert seconds * 1e3 == pytest.approx(expected_ms, rel=0.03)
+
+
+def test_scout_int4_on_one_h200() -> None:
+    model = shape_config(SHAPES["scout"], experts="int4")
+    footprint = Footprint(model=model, precision=Precision.of(model))
+    for batch, expected_ms in {1: 3.4, 8: 8.1, 32: 15.7, 128: 26.6}.items():
+        seconds = step_floor_s(footprint, parse_machines("H200"), Split(layout="single"), decode(batch))
+        assert seconds * 1e3 == pytest.approx(expected_ms, rel=0.04)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +90,41 @@ def test_bytes_by_precision() -> None:
     assert bf16.kv_bytes_per_token() == 192 * 1024
     fp32 = Footprint(model=MAVERICK, precision=Precision.of(MAVERICK, "float32"))
     assert fp32.total_bytes == 2 * bf16.total_bytes
+
+
+@pytest.mark.parametrize(
+    ("experts", "routed_bytes", "ffn_bytes", "gigabytes"),
+    [("fp8", 1, 2, 119.0), ("fp8_ffn", 1, 1, 113.0), ("int4", 4.125 / 8, 4.125 / 8, 63.1), ("fused", 2, 2, 215.5)],
+)
+def test_scout_in_the_form_of_its_checkpoint(
+    experts: StoredExperts, routed_bytes: float, ffn_bytes: float, gigabytes: float
+) -> None:
+    """96.6 G parameters of routed and 6.0 G of shared experts; 6.0 GB of attention and 4.1 GB of both tables."""
+    model = shape_config(SHAPES["scout"], experts=experts)
+    precision = Precision.of(model)
+    assert (precision.routed_bytes, precision.ffn_bytes, precision.dense_bytes) == (routed_bytes, ffn_bytes, 2)
+    assert Footprint(model=model, precision=precision).total_bytes == pytest.approx(gigabytes * 1e9, rel=0.005)
+
+
+def test_precision_by_wish() -> None:
+    model = shape_config(SHAPES["scout"])
+    assert Precision.of(model, "int4").ffn_bytes == 4.125 / 8
+    assert Precision.of(model, "fp8").ffn_bytes == 2
+    assert Precision.of(model, "fp8", quantize_ffn="fp8").ffn_bytes == 1
+    assert Precision.of(model, kv_cache_dtype="fp8").kv_bytes == 1
+    assert Precision.of(shape_config(SHAPES["scout"], experts="int4"), "bfloat16").routed_bytes == 2
+    on_cpu = Precision.of(shape_config(SHAPES["scout"], experts="int4"), dtype="float32", widens_fp8=True)
+    assert (on_cpu.routed_bytes, on_cpu.ffn_bytes) == (4, 4)
+    fp8_kv = Footprint(model=model, precision=Precision.of(model, kv_cache_dtype="fp8"))
+    assert fp8_kv.kv_bytes_per_token() == 96 * 1024
+    assert fp8_kv.kv_bytes_per_token(of=4) == 24 * 1024
+
+
+def test_a_shard_has_its_part_of_all_but_the_embedding_norms_and_routers() -> None:
+    table, norms, routers = 202048 * 5120 * 2, 97 * 5120 * 2, 24 * 128 * 5120 * 2
+    divided = OFFICIAL.attention_rank_bytes - table - norms - routers
+    assert OFFICIAL.attention_shard_bytes(4) == pytest.approx(table + norms + routers + divided / 4)
+    assert OFFICIAL.attention_shard_bytes(1) == OFFICIAL.attention_rank_bytes
 
 
 def test_the_busiest_rank_of_one_is_all_there_is() -> None:

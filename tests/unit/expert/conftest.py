@@ -16,7 +16,7 @@ from actors.expert.origin import Origin, Wanted, make_origin
 from actors.expert.worker import ExpertWorker
 
 # Two MoE layers (1 and 3) of four experts.
-SMALL: ModelShape = dataclasses.replace(SHAPES["tiny"], num_layers=4, num_experts=4)
+SMALL: ModelShape = dataclasses.replace(SHAPES["tiny-wide"], num_layers=4, num_experts=4)
 CPU = torch.device("cpu")
 
 

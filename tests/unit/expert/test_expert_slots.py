@@ -65,7 +65,7 @@ def _assert_right(setup: "Setup", worker: ExpertWorker, slots: dict[int, tuple[i
 @pytest.mark.parametrize(
     ("stored", "dtype"),
     [("fused", torch.float32), ("fused", torch.bfloat16), ("per_expert", torch.float16), ("fp8", torch.float32),
-     ("fp8", torch.bfloat16)],
+     ("fp8", torch.bfloat16), ("int4", torch.float32), ("int4", torch.bfloat16)],
 )  # fmt: skip
 def test_what_is_loaded_later_is_what_is_loaded_at_once(setup: MakeSetup, stored: str, dtype: torch.dtype) -> None:
     ours = setup(stored, dtype)
@@ -345,7 +345,7 @@ def test_each_expert_is_proven_once(setup: MakeSetup, monkeypatch: pytest.Monkey
 def test_progress_counts_up_to_all_that_was_missing(setup: MakeSetup, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[int, int]] = []
     worker = setup().loaded({1: (2, NONE)})
-    monkeypatch.setattr(worker_module, "READ_BATCH_BYTES", 1)  # a batch for each
+    monkeypatch.setitem(worker_module.READ_BATCH_BYTES, "cpu", 1)  # a batch for each
     worker.change({1: (2, 3), 3: (0, 1)}, {1: (2,)}, (), lambda done, total: told.append((done, total)))
     missing_bytes = 3 * worker.weight_bytes // 4
     assert told[-1] == (missing_bytes, missing_bytes)

@@ -63,11 +63,11 @@ def test_rows_come_back_in_order(slots: list[int]) -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.integers(-1, S - 1), min_size=1, max_size=12))
-def test_grouped_matmuls_give_the_same(slots: list[int]) -> None:
-    """The path of GPUs, run here: bf16 through torch's grouped matmul."""
+def test_placed_rows_give_the_same(slots: list[int]) -> None:
+    """The path of GPUs, run here on the kernels' references."""
     weights, x_ND, slots_N = _weights(torch.bfloat16), _rows(len(slots)).bfloat16(), torch.tensor(slots)
     experts = LayerExperts(weights, torch.bfloat16)
-    grouped_ND = experts._run_grouped(x_ND, slots_N)
+    grouped_ND = experts._run_placed(x_ND, slots_N, None, None)
     assert torch.allclose(grouped_ND.double(), _one_by_one(weights, x_ND, slots), atol=0.05)
 
 
@@ -136,7 +136,7 @@ def test_slots_that_hold_the_same_expert_compute_the_same() -> None:
 @given(st.lists(st.sampled_from([-1, 1, 3]), min_size=1, max_size=12))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_lies_in_empty_slots_reaches_no_row(dtype: torch.dtype, slots: list[int]) -> None:
-    """Memory of empty slots is never initialized; here it is poison. Both the loop and the grouped matmuls."""
+    """Memory of empty slots is never initialized; here it is poison. Both the loop and the path of GPUs."""
     weights, x_ND, slots_N = _weights(dtype), _rows(len(slots)).to(dtype), torch.tensor(slots)
     poisoned = replace(weights, gate_up_SND=weights.gate_up_SND.clone(), down_SDF=weights.down_SDF.clone())
     for stack in (poisoned.gate_up_SND, poisoned.down_SDF):
@@ -144,7 +144,7 @@ def test_what_lies_in_empty_slots_reaches_no_row(dtype: torch.dtype, slots: list
     clean, empty = LayerExperts(weights, dtype), LayerExperts(poisoned, dtype)
     assert torch.equal(empty(x_ND, slots_N), clean(x_ND, slots_N))
     if dtype == torch.bfloat16:
-        assert torch.equal(empty._run_grouped(x_ND, slots_N), clean._run_grouped(x_ND, slots_N))
+        assert torch.equal(empty._run_placed(x_ND, slots_N, None, None), clean._run_placed(x_ND, slots_N, None, None))
 
 
 @pytest.mark.parametrize("stored", ["fused", "per_expert", "fp8"])

@@ -71,7 +71,13 @@ def _free_port() -> str:
 
 @pytest.mark.parametrize(
     ("stored", "dtype"),
-    [("fused", torch.float32), ("fused", torch.bfloat16), ("fp8", torch.float32), ("fp8", torch.bfloat16)],
+    [
+        ("fused", torch.float32),
+        ("fused", torch.bfloat16),
+        ("fp8", torch.float32),
+        ("fp8", torch.bfloat16),
+        ("int4", torch.bfloat16),
+    ],
 )
 def test_copies_are_the_checkpoints_bytes(
     setup: MakeSetup, serve: Serve, small_pieces: None, stored: str, dtype: torch.dtype

@@ -67,10 +67,10 @@ def test_checksum_by_definition(monkeypatch: pytest.MonkeyPatch, values: int, ba
 @given(st.data())
 def test_one_flipped_bit_shows(data: st.DataObject) -> None:
     expert = _fp8_expert()
-    before = checksum(parts_of(expert, True))
-    part = data.draw(st.sampled_from(parts_of(expert, True))).held.view(-1).view(torch.uint8)
+    before = checksum(parts_of(expert, "fp8"))
+    part = data.draw(st.sampled_from(parts_of(expert, "fp8"))).held.view(-1).view(torch.uint8)
     part[data.draw(st.integers(0, part.numel() - 1))] ^= 1 << data.draw(st.integers(0, 7))
-    assert checksum(parts_of(expert, True)) != before
+    assert checksum(parts_of(expert, "fp8")) != before
 
 
 def _swap_rows(x: Tensor, i: int, j: int) -> None:
@@ -92,9 +92,9 @@ DAMAGES: dict[str, Damage] = {
 @pytest.mark.parametrize("width", [10, 512])  # 512 * 1024 values: halves and rows end where chunks end
 def test_damage_shows(damage: str, width: int) -> None:
     expert = _expert(width=width, hidden=12 if width == 10 else 1024)
-    before = checksum(parts_of(expert, False))
+    before = checksum(parts_of(expert, "plain"))
     DAMAGES[damage](expert)
-    assert checksum(parts_of(expert, False)) != before
+    assert checksum(parts_of(expert, "plain")) != before
 
 
 def test_swapped_words_that_differ_in_their_top_bit_show() -> None:

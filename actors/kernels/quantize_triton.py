@@ -1,0 +1,97 @@
+"""Triton kernels of `quantize.py` and their launches: row by row, and none of those beyond the placed ones.
+
+Owns how a row is laid over threads. Knows nothing of experts or slots.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped, type-arg, misc"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+FP8_MAX = tl.constexpr(448.0)
+PLAIN, FP8, WORD_ORDER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # how a row is written
+
+
+@triton.jit
+def word_order(position):
+    """The column that lies at `position` in word order: 128 columns by (nibble pair, word, half). See quantize.py."""
+    within = position % 128
+    return position - within + (within % 32) // 2 * 8 + within // 32 + (within % 2) * 4
+
+
+@triton.jit
+def write_row(values, columns, mask, y_ptr, scale_ptr, row, width, MODE: tl.constexpr):
+    """Writes a row of fp32 `values`, quantized or as it is."""
+    if MODE == FP8:
+        largest = tl.max(tl.abs(values), 0)
+        scale = tl.where(largest > 0, tl.div_rn(largest, FP8_MAX), 1.0)
+        quantized = tl.clamp(tl.div_rn(values, tl.zeros_like(values) + scale), -FP8_MAX, FP8_MAX)
+        tl.store(y_ptr + row * width + columns, quantized.to(tl.float8e4nv), mask=mask)
+        tl.store(scale_ptr + row, scale)
+    else:
+        tl.store(y_ptr + row * width + columns, values.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def rows_kernel(x_ptr, y_ptr, scale_ptr, width, MODE: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    mask = columns < width
+    source = word_order(columns) if MODE == WORD_ORDER else columns
+    values = tl.load(x_ptr + row * width + source, mask=mask, other=0.0).to(tl.float32)
+    write_row(values, columns, mask, y_ptr, scale_ptr, row, width, MODE)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def swiglu_kernel(
+    x_ptr, y_ptr, scale_ptr, ends_ptr, num_slots, num_rows, width,
+    SPLIT: tl.constexpr, LIMITED: tl.constexpr, ROUND: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """silu(gate) * up of a row [2 * width] that may come in SPLIT fp32 parts, rounded where a model in ROUND does."""
+    row = tl.program_id(0).to(tl.int64)
+    if LIMITED:  # noqa: SIM102 (the pointer is there only then)
+        if row >= tl.load(ends_ptr + num_slots - 1):
+            return
+    columns = tl.arange(0, BLOCK)
+    mask = columns < width
+    source = word_order(columns) if MODE == WORD_ORDER else columns
+    gate = tl.zeros((BLOCK,), tl.float32)
+    up = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(SPLIT):
+        at = x_ptr + (part * num_rows.to(tl.int64) + row) * 2 * width + source
+        gate += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        up += tl.load(at + width, mask=mask, other=0.0).to(tl.float32)
+    gate = gate.to(ROUND).to(tl.float32)
+    silu = (gate / (1.0 + tl.exp(-gate))).to(ROUND).to(tl.float32)
+    values = (silu * up.to(ROUND).to(tl.float32)).to(ROUND).to(tl.float32)
+    write_row(values, columns, mask, y_ptr, scale_ptr, row, width, MODE)
+
+
+TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float16: tl.float16}
+
+
+def _warps(block: int) -> int:
+    return min(16, max(1, block // 512))
+
+
+def launch_rows(x_ND: Tensor, y_ND: Tensor, scale_N1: Tensor | None, mode: int) -> None:
+    num_rows, width = x_ND.shape
+    block = triton.next_power_of_2(width)
+    rows_kernel[(num_rows,)](x_ND, y_ND, scale_N1, width, mode, block, num_warps=_warps(block))
+
+
+def launch_swiglu(
+    x_PNF: Tensor, y_NF: Tensor, scale_N1: Tensor | None, ends_S: Tensor | None, round_to: torch.dtype, mode: int
+) -> None:
+    """`x_PNF` [parts, N, 2F]; rows from `ends_S[-1]` on are left alone."""
+    num_parts, num_rows, _ = x_PNF.shape
+    width = y_NF.shape[1]
+    block = triton.next_power_of_2(width)
+    num_slots = 0 if ends_S is None else ends_S.shape[0]
+    swiglu_kernel[(num_rows,)](
+        x_PNF, y_NF, scale_N1, ends_S, num_slots, num_rows, width,
+        SPLIT=num_parts, LIMITED=ends_S is not None, ROUND=TRITON_DTYPES[round_to], MODE=mode, BLOCK=block,
+        num_warps=_warps(block),
+    )  # fmt: skip

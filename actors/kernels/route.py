@@ -1,0 +1,173 @@
+"""From a gate's logits to rows that lie in the order of their slots, and back.
+
+Owns choice, placement and what happens to a row on its way. Knows nothing of what experts compute. Nothing here waits
+for the device. Rows are tokens times K, token-major; a row is nowhere (place -1) if this process does not hold its
+expert.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 (the name that everybody knows)
+
+from actors.kernels.quantize import quantize_rows, to_word_order
+from actors.kernels.triton_here import HAS_TRITON
+
+Form = Literal["plain", "fp8", "int4"]
+"""What rows are made for: weights as they are, FP8 with a scale per row, or INT4 (columns in word order)."""
+
+_MODES: dict[Form, int] = {"plain": 0, "fp8": 1, "int4": 2}
+MAX_SMALL = 1024  # rows whose places every program finds for itself
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """`place_N` int32: where each row lies among those sorted by slot (stable), -1 if nowhere; `counts_S` int64: rows
+    of each slot; `ends_S` int32: the first place after each slot's rows.
+    """
+
+    place_N: Tensor
+    counts_S: Tensor
+    ends_S: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedRows:
+    """Rows [N, D] in their places, in the form that weights want; `scale_N1` with FP8 only.
+
+    Rows from `placement.ends_S[-1]` on are undefined. Without a placement all rows go to the one slot that there is.
+    `dtype` is what results are rounded to.
+    """
+
+    x_ND: Tensor
+    scale_N1: Tensor | None
+    placement: Placement | None
+    dtype: torch.dtype
+
+
+def gate_logits(x_TD: Tensor, router_ED: Tensor) -> Tensor:
+    """fp32 [T, E]: products of the tensors' own dtype summed in fp32; with an fp32 router everything is fp32."""
+    if x_TD.is_cuda and x_TD.dtype == router_ED.dtype == torch.bfloat16:
+        return torch.mm(x_TD, router_ED.t(), out_dtype=torch.float32)
+    return F.linear(x_TD.float(), router_ED.float())
+
+
+def choose_experts(
+    logits_TE: Tensor, top_k: int, dtype: torch.dtype, positions_T: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """int64 ids [T, K] of the largest logits and their sigmoids in `dtype`; nothing is renormalised.
+
+    With `positions_T` experts are taken in turn by position: the balanced load of a benchmark, not the model's answer.
+    """
+    if logits_TE.is_cuda and HAS_TRITON and logits_TE.shape[0]:
+        from actors.kernels.route_triton import launch_choose
+
+        ids_TK = torch.empty(logits_TE.shape[0], top_k, dtype=torch.int64, device=logits_TE.device)
+        scores_TK = torch.empty(logits_TE.shape[0], top_k, dtype=dtype, device=logits_TE.device)
+        launch_choose(logits_TE.contiguous(), positions_T, ids_TK, scores_TK)
+        return ids_TK, scores_TK
+    if positions_T is None:
+        values_TK, ids_TK = logits_TE.topk(top_k, dim=1)
+    else:
+        offsets_K = torch.arange(top_k, device=positions_T.device)
+        ids_TK = (positions_T[:, None] * top_k + offsets_K) % logits_TE.shape[1]
+        values_TK = logits_TE.gather(1, ids_TK)
+    return ids_TK, values_TK.sigmoid().to(dtype)
+
+
+def place(ids_N: Tensor, slot_of_E: Tensor | None, num_slots: int) -> Placement:
+    """Places of rows by their experts' slots in `slot_of_E` (-1: not here); `ids_N` are slots where that is None.
+
+    An id of -1 (padding) is nowhere. `ids_N` and `slot_of_E` are int64.
+    """
+    placement = _empty_placement(ids_N, num_slots)
+    if ids_N.is_cuda and HAS_TRITON and ids_N.shape[0]:
+        from actors.kernels.route_triton import launch_place
+
+        launch_place(ids_N, slot_of_E, placement.place_N, placement.counts_S, placement.ends_S)
+        return placement
+    slots_N = ids_N if slot_of_E is None else slot_of_E[ids_N].where(ids_N >= 0, -1)
+    sorted_N, order_N = slots_N.where(slots_N >= 0, num_slots).sort(stable=True)
+    slots_S = torch.arange(num_slots, device=ids_N.device)
+    placement.ends_S.copy_(torch.searchsorted(sorted_N, slots_S, right=True))
+    placement.counts_S.copy_(placement.ends_S.diff(prepend=placement.ends_S.new_zeros(1)))
+    placement.place_N[order_N] = torch.arange(ids_N.shape[0], dtype=torch.int32, device=ids_N.device)
+    placement.place_N.masked_fill_(slots_N < 0, -1)
+    return placement
+
+
+def gather_rows(
+    x_TD: Tensor, ids_N: Tensor, scores_N: Tensor | None, slot_of_E: Tensor | None, num_slots: int, form: Form
+) -> PlacedRows:
+    """Row n, x[n // K] times its score in x's dtype, to its place, in the form that the experts' weights want.
+
+    Up to MAX_SMALL rows are placed and gathered by one kernel.
+    """
+    if not (x_TD.is_cuda and HAS_TRITON and ids_N.shape[0]):
+        return _gather_in_torch(x_TD, ids_N, scores_N, place(ids_N, slot_of_E, num_slots), form)
+    from actors.kernels.route_triton import launch_gather
+
+    is_placed = ids_N.shape[0] > MAX_SMALL
+    placement = place(ids_N, slot_of_E, num_slots) if is_placed else _empty_placement(ids_N, num_slots)
+    N, D = ids_N.shape[0], x_TD.shape[1]
+    y_ND = torch.empty(N, D, dtype=torch.float8_e4m3fn if form == "fp8" else x_TD.dtype, device=x_TD.device)
+    scale_N1 = torch.empty(N, 1, dtype=torch.float32, device=x_TD.device) if form == "fp8" else None
+    places = placement.place_N, placement.counts_S, placement.ends_S
+    launch_gather(x_TD.contiguous(), scores_N, ids_N, slot_of_E, places, y_ND, scale_N1, _MODES[form], is_placed)
+    return PlacedRows(y_ND, scale_N1, placement, x_TD.dtype)
+
+
+def combine_rows(parts_PND: Tensor, placement: Placement | None, num_tokens: int, dtype: torch.dtype) -> Tensor:
+    """y_TD = the sum over a token's rows of the sum of P parts [P, N, D]; rows that are nowhere count as zeros.
+
+    Without a placement row and token are one.
+    """
+    D = parts_PND.shape[2]
+    if placement is None and parts_PND.shape[0] == 1 and parts_PND.dtype == dtype:
+        return parts_PND[0]
+    y_TD = torch.empty(num_tokens, D, dtype=dtype, device=parts_PND.device)
+    if num_tokens == 0:
+        return y_TD
+    if parts_PND.is_cuda and HAS_TRITON:
+        from actors.kernels.route_triton import launch_combine
+
+        launch_combine(parts_PND, None if placement is None else placement.place_N, y_TD)
+        return y_TD
+    y_ND = parts_PND.sum(0).to(dtype)
+    if placement is None:
+        return y_ND
+    rows_ND = y_ND.index_select(0, placement.place_N.clamp(min=0))
+    rows_ND.masked_fill_((placement.place_N < 0)[:, None], 0)
+    return rows_ND.view(num_tokens, -1, D).sum(1)
+
+
+def _empty_placement(ids_N: Tensor, num_slots: int) -> Placement:
+    device = ids_N.device
+    return Placement(
+        torch.empty(ids_N.shape[0], dtype=torch.int32, device=device),
+        torch.empty(num_slots, dtype=torch.int64, device=device),
+        torch.empty(num_slots, dtype=torch.int32, device=device),
+    )
+
+
+def _gather_in_torch(
+    x_TD: Tensor, ids_N: Tensor, scores_N: Tensor | None, placement: Placement, form: Form
+) -> PlacedRows:
+    top_k = max(1, ids_N.shape[0] // max(1, x_TD.shape[0]))
+    rows_ND = x_TD.repeat_interleave(top_k, dim=0)
+    if scores_N is not None:
+        rows_ND = rows_ND * scores_N[:, None]
+    # Rows that are nowhere go behind the placed ones, where nobody reads.
+    is_here_N = placement.place_N >= 0
+    behind_N = placement.ends_S[-1] + (~is_here_N).cumsum(0) - 1
+    placed_ND = torch.empty_like(rows_ND).index_copy_(0, placement.place_N.long().where(is_here_N, behind_N), rows_ND)
+    return form_rows(placed_ND, form, placement)
+
+
+def form_rows(x_ND: Tensor, form: Form, placement: Placement | None = None) -> PlacedRows:
+    """Rows that lie in their places, in the form that weights want."""
+    if form == "fp8":
+        return PlacedRows(*quantize_rows(x_ND), placement, x_ND.dtype)
+    return PlacedRows(to_word_order(x_ND) if form == "int4" else x_ND, None, placement, x_ND.dtype)

@@ -1,0 +1,209 @@
+"""What routed experts cost on a GPU: the whole part after the gate, and each of its matmuls by every kernel there is.
+
+One layer of Scout (16 experts) or of Maverick on one of four GPUs (32 of its 128). Times are medians of CUDA graphs in
+which each call has another layer or other experts, so that no weight comes from the L2 cache. GB/s count the weights of
+experts that have tokens, once; beside them stands the bandwidth of a large copy, measured in the same run.
+
+    python benchmarks/gpu_experts.py [--models scout,maverick] [--forms fp8,int4,plain] [--tokens 1,8,32,...] [--parts]
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from actors.checkpoint.weights import ExpertWeights
+from actors.expert.experts import LayerExperts
+from actors.kernels import grouped, route
+from actors.kernels.grouped import Engine
+from actors.kernels.libraries import fbgemm_loaded
+from actors.kernels.route import Form
+
+HIDDEN, WIDTH = 5120, 8192
+TOKENS = (1, 8, 32, 128, 256, 2048, 8192)
+CALLS = 8  # in a graph
+REPLAYS = 7
+MAX_LAYER_BYTES = 20e9  # of all layers that calls go around
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str
+    num_experts: int
+    num_slots: int
+
+
+MODELS = {"scout": Model("scout", 16, 16), "maverick": Model("maverick", 128, 32)}
+
+
+def time_us(calls: list[Callable[[], object]], replays: int = REPLAYS) -> float:
+    """Microseconds per call: the median over replays of one graph of all calls."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    elapsed_us = []
+    for _ in range(replays):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        elapsed_us.append(begin.elapsed_time(end) * 1e3 / len(calls))
+    return statistics.median(elapsed_us)
+
+
+def copy_bandwidth() -> float:
+    """GB/s read and written by a copy of 2 GB."""
+    source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / time_us([lambda: target.copy_(source)]) / 1e3
+
+
+def random_weight(form: Form, num_slots: int, outputs: int, inputs: int) -> tuple[Tensor, Tensor | None]:
+    """Weights of unit gain; INT4 and FP8 by random bits, which take no time to make."""
+    if form == "int4":
+        words = torch.randint(-(1 << 31), 1 << 31, (num_slots, outputs, inputs // 8), dtype=torch.int32, device="cuda")
+        scale = torch.full((num_slots, outputs, inputs // 128), 0.2 / inputs**0.5, device="cuda")
+        return words, scale.to(torch.bfloat16)
+    weight = torch.empty(num_slots, outputs, inputs, dtype=torch.bfloat16, device="cuda")
+    for slot in range(num_slots):
+        weight[slot].normal_(0, inputs**-0.5)
+    if form == "plain":
+        return weight, None
+    quantized = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device="cuda")
+    for slot in range(num_slots):
+        quantized[slot] = weight[slot] * 1e4
+    return quantized, torch.full((num_slots, outputs), 1e-4, device="cuda")
+
+
+def random_layer(form: Form, num_slots: int) -> ExpertWeights:
+    gate_up, gate_up_scale = random_weight(form, num_slots, 2 * WIDTH, HIDDEN)
+    down, down_scale = random_weight(form, num_slots, HIDDEN, WIDTH)
+    return ExpertWeights(gate_up_SND=gate_up, down_SDF=down, gate_up_scale_SN=gate_up_scale, down_scale_SD=down_scale)
+
+
+def slot_bytes(weights: ExpertWeights) -> int:
+    stacks = (weights.gate_up_SND, weights.down_SDF, weights.gate_up_scale_SN, weights.down_scale_SD)
+    return sum(s[0].numel() * s.element_size() for s in stacks if s is not None)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One call's tokens: some expert each, at random."""
+
+    x_TD: Tensor
+    ids_TK: Tensor
+    scores_TK: Tensor
+    num_here: int  # of their experts, how many are on this GPU
+
+    @classmethod
+    def make(cls, model: Model, num_tokens: int, seed: int) -> "Tokens":
+        generator = torch.Generator().manual_seed(seed)
+        ids_T = torch.randint(model.num_experts, (num_tokens,), generator=generator)
+        if num_tokens == 1:
+            ids_T %= model.num_slots  # else three calls of four have nothing to do
+        x_TD = torch.randn(num_tokens, HIDDEN, device="cuda").to(torch.bfloat16)
+        scores_TK = torch.rand(num_tokens, 1, device="cuda").to(torch.bfloat16)
+        here = ids_T[ids_T < model.num_slots]
+        return cls(x_TD, ids_T[:, None].cuda(), scores_TK, len(here.unique()))
+
+
+class Bench:
+    """A model's experts in one form: as many layers as memory allows, up to one for each call."""
+
+    def __init__(self, model: Model, form: Form) -> None:
+        self.model, self.form = model, form
+        first = random_layer(form, model.num_slots)
+        num_layers = max(1, min(CALLS, int(MAX_LAYER_BYTES / (slot_bytes(first) * model.num_slots))))
+        self.layers = [first] + [random_layer(form, model.num_slots) for _ in range(num_layers - 1)]
+        slots = torch.arange(model.num_experts, device="cuda")
+        self.slot_of_E = slots.where(slots < model.num_slots, -1)
+
+    def whole_us(self, tokens: list[Tokens]) -> float:
+        experts = [LayerExperts(layer, torch.bfloat16) for layer in self.layers]
+
+        def call(i: int) -> Callable[[], object]:
+            t, layer = tokens[i], experts[i % len(experts)]
+            return lambda: layer.routed(t.x_TD, t.ids_TK, t.scores_TK, self.slot_of_E)
+
+        return time_us([call(i) for i in range(len(tokens))])
+
+    def parts_us(self, tokens: list[Tokens], engine: Engine) -> tuple[float, float]:
+        """Microseconds of the two matmuls by one engine, the first with what follows it up to the second."""
+        gathered = [
+            route.gather_rows(
+                t.x_TD, t.ids_TK.flatten(), t.scores_TK.flatten(), self.slot_of_E, self.model.num_slots, self.form
+            )
+            for t in tokens
+        ]
+        hidden = [
+            grouped.grouped_swiglu(rows, self._layer(i).gate_up_SND, self._layer(i).gate_up_scale_SN)
+            for i, rows in enumerate(gathered)
+        ]
+
+        def first(i: int) -> Callable[[], object]:
+            w = self._layer(i)
+            return lambda: grouped.grouped_swiglu(gathered[i], w.gate_up_SND, w.gate_up_scale_SN, engine)
+
+        def second(i: int) -> Callable[[], object]:
+            w = self._layer(i)
+            return lambda: grouped.grouped_linear(hidden[i], w.down_SDF, w.down_scale_SD, engine)
+
+        indices = range(len(tokens))
+        return time_us([first(i) for i in indices]), time_us([second(i) for i in indices])
+
+    def _layer(self, i: int) -> ExpertWeights:
+        return self.layers[i % len(self.layers)]
+
+
+def engines_of(form: Form) -> list[Engine]:
+    if form == "int4":
+        return ["triton"]
+    return ["triton", "torch", "fbgemm"] if form == "fp8" and fbgemm_loaded() else ["triton", "torch"]
+
+
+def report(model: Model, form: Form, token_counts: list[int], with_parts: bool) -> None:
+    bench = Bench(model, form)
+    for num_tokens in token_counts:
+        tokens = [Tokens.make(model, num_tokens, seed) for seed in range(CALLS)]
+        whole_us = bench.whole_us(tokens)
+        touched = statistics.mean(t.num_here for t in tokens)
+        gigabytes_per_s = touched * slot_bytes(bench.layers[0]) / whole_us / 1e3
+        line = f"{model.name:8} {form:5} T={num_tokens:<5} {whole_us:8.1f} us {gigabytes_per_s:6.0f} GB/s"
+        if with_parts:
+            line += " |"
+            for engine in engines_of(form):
+                first_us, second_us = bench.parts_us(tokens, engine)
+                line += f" {engine} {first_us:.1f}+{second_us:.1f}"
+        print(line, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="scout,maverick")
+    parser.add_argument("--forms", default="fp8,int4,plain")
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--parts", action="store_true", help="also each matmul by each engine")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("needs a CUDA device")
+    torch.manual_seed(0)
+    print(f"{torch.cuda.get_device_name()}: copy {copy_bandwidth():.0f} GB/s", flush=True)
+    token_counts = [int(count) for count in options.tokens.split(",")]
+    with torch.inference_mode():
+        for name in options.models.split(","):
+            for form in options.forms.split(","):
+                report(MODELS[name], form, token_counts, options.parts)
+                torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""The Triton kernels of the expert side, run by Triton's interpreter, give the references' answers.
+
+In a process of its own (see test_attention_interpreted), and in fp32: the interpreter has no bf16 products, and loses
+a carry when it casts to float8. INT4 is unpacked by shifts here; tests/gpu has the assembly.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from actors.kernels import grouped, quantize, route
+from actors.kernels.route import Form, PlacedRows, Placement
+from actors.kernels.triton_here import HAS_TRITON
+
+FORMS: dict[Form, int] = {"plain": 0, "fp8": 1, "int4": 2}
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+def test_kernels_in_the_interpreter() -> None:
+    done = subprocess.run(
+        [sys.executable, __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=Path(__file__).parents[3],
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _let_ranges_have_tensor_bounds() -> None:
+    """Triton 3.6 turns loop bounds into ints in a way that numpy refuses since 2.4."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor: type, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_and_mend
+
+
+def _same(ours: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    ours, expected = ours.float(), expected.float()
+    assert (ours - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1e-30)
+
+
+def check_rows() -> None:
+    from actors.kernels.quantize_triton import launch_rows, launch_swiglu
+
+    x_ND = torch.randn(3, 256)
+    x_ND[1] = 0
+    scale_N1, y_ND = torch.empty(3, 1), torch.empty(3, 256, dtype=torch.float8_e4m3fn)
+    launch_rows(x_ND, y_ND, scale_N1, FORMS["fp8"])
+    assert torch.equal(scale_N1, quantize.quantize_rows(x_ND)[1])
+    launch_rows(x_ND, ordered_ND := torch.empty_like(x_ND), None, FORMS["int4"])
+    assert torch.equal(ordered_ND, quantize.to_word_order(x_ND))
+    for num_parts, in_word_order in ((1, False), (2, True)):
+        parts, ends_S = torch.randn(num_parts, 5, 2 * 256), torch.tensor([1, 3], dtype=torch.int32)
+        y_NF = torch.full((5, 256), 7.0)
+        launch_swiglu(parts, y_NF, None, ends_S, torch.float32, FORMS["int4" if in_word_order else "plain"])
+        _same(y_NF[:3], quantize.placed_swiglu(parts, ends_S, torch.float32, in_word_order=in_word_order)[:3])
+        assert y_NF[3:].eq(7).all()  # beyond the placed rows
+
+
+def check_choice() -> None:
+    from actors.kernels.route_triton import launch_choose
+
+    logits_TE = torch.randn(5, 6)
+    logits_TE[3] = 1
+    logits_TE[4, 2] = torch.nan
+    for top_k in (1, 2):
+        ids_TK, scores_TK = torch.empty(5, top_k, dtype=torch.int64), torch.empty(5, top_k)
+        launch_choose(logits_TE, None, ids_TK, scores_TK)
+        clean_TE = logits_TE.nan_to_num(-1e9)
+        expected_ids = clean_TE.sort(dim=1, descending=True, stable=True)[1][:, :top_k]
+        assert torch.equal(ids_TK, expected_ids)
+        _same(scores_TK, clean_TE.gather(1, expected_ids).sigmoid())
+        positions_T = torch.arange(4) * 3
+        launch_choose(logits_TE[:4], positions_T, ids_TK[:4], scores_TK[:4])
+        expected = route.choose_experts(logits_TE[:4], top_k, torch.float32, positions_T)
+        assert torch.equal(ids_TK[:4], expected[0])
+        _same(scores_TK[:4], expected[1])
+
+
+def check_placement() -> None:
+    from actors.kernels.route_triton import launch_place
+
+    for num_rows, num_slots in ((700, 5), (1, 4), (300, 128)):
+        ids_N = torch.randint(-1, num_slots + 3, (num_rows,))
+        slot_of_E = torch.cat([torch.randperm(num_slots), torch.tensor([-1, -1, -1])])
+        expected = route.place(ids_N, slot_of_E, num_slots)
+        ours = route._empty_placement(ids_N, num_slots)
+        launch_place(ids_N, slot_of_E, ours.place_N, ours.counts_S, ours.ends_S)
+        _same_placement(ours, expected)
+
+
+def _same_placement(ours: Placement, expected: Placement) -> None:
+    assert torch.equal(ours.place_N, expected.place_N)
+    assert torch.equal(ours.counts_S, expected.counts_S)
+    assert torch.equal(ours.ends_S, expected.ends_S)
+
+
+def check_gathering(form: Form, top_k: int) -> None:
+    from actors.kernels.route_triton import launch_combine, launch_gather
+
+    T, D, S = 7, 256, 4
+    x_TD, scores_N, ids_N = torch.randn(T, D), torch.rand(T * top_k), torch.randint(-1, 6, (T * top_k,))
+    slot_of_E = torch.tensor([2, -1, 0, 1, 3, -1])
+    expected = route.gather_rows(x_TD, ids_N, scores_N, slot_of_E, S, form)
+    assert expected.placement is not None
+    for is_placed in (False, True):
+        ours = expected.placement if is_placed else route._empty_placement(ids_N, S)
+        places = ours.place_N, ours.counts_S, ours.ends_S
+        y_ND, total = torch.empty_like(expected.x_ND), int(expected.placement.ends_S[-1])
+        launch_gather(x_TD, scores_N, ids_N, slot_of_E, places, y_ND, None, FORMS[form], is_placed)
+        _same_placement(ours, expected.placement)
+        assert torch.equal(y_ND[:total], expected.x_ND[:total])
+    parts, y_TD = torch.randn(2, T * top_k, D), torch.empty(T, D)
+    launch_combine(parts, expected.placement.place_N, y_TD)
+    _same(y_TD, route.combine_rows(parts, expected.placement, T, torch.float32))
+    launch_combine(parts[:, :T].contiguous(), None, y_TD)
+    _same(y_TD, parts[:, :T].sum(0))
+
+
+def check_matmuls(form: Form) -> None:
+    """A slot without rows, one of two tiles, rows beyond the counted ones, outputs that do not fill a tile."""
+    from actors.kernels.grouped_triton import Tiles, launch_grouped
+
+    inputs, N, counts_S = 256, 30, torch.tensor([5, 0, 20])
+    placement = Placement(torch.arange(N, dtype=torch.int32), counts_S, counts_S.cumsum(0).int())
+    rows = route.form_rows(torch.randn(N, inputs), form, placement)
+    everything = PlacedRows(rows.x_ND, rows.scale_N1, None, rows.dtype)
+    for outputs, is_swiglu, split in ((80, False, 1), (80, False, 2), (512, True, 1)):
+        if is_swiglu and form == "fp8":
+            continue
+        weight, scale = random_weight(form, (3, outputs, inputs))
+        y_PNO = torch.full((split, N, outputs // 2 if is_swiglu else outputs), 7.0)
+        tiles = Tiles(outputs=64, rows=16, inputs=128, split=split, group=1 if split == 2 else 1 << 20)
+        options = {"swiglu": is_swiglu, "word_order": is_swiglu and form == "int4"}
+        launch_grouped(rows.x_ND, rows.scale_N1, weight, scale, counts_S, y_PNO, FORMS[form], tiles, **options)
+        if is_swiglu:
+            expected_NO = grouped.grouped_swiglu(rows, weight, scale).x_ND
+        else:
+            expected_NO = grouped.grouped_linear(rows, weight, scale)[0]
+        _same(y_PNO.sum(0)[:25], expected_NO[:25])
+        assert y_PNO[:, 25:].eq(7).all()
+        if is_swiglu:
+            continue
+        one_scale = None if scale is None else scale[2:]
+        launch_grouped(rows.x_ND, rows.scale_N1, weight[2:], one_scale, None, y_PNO, FORMS[form], tiles)
+        _same(y_PNO.sum(0), grouped.grouped_linear(everything, weight[2:], one_scale)[0])
+
+
+def random_weight(form: Form, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+    weight = torch.randn(shape)
+    if form == "int4":
+        return quantize.quantize_int4(weight)
+    if form == "fp8":
+        scale = weight.abs().amax(-1) / 448
+        return (weight / scale[..., None]).to(torch.float8_e4m3fn), scale
+    return weight, None
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    _let_ranges_have_tensor_bounds()
+    check_rows()
+    check_choice()
+    check_placement()
+    check_gathering("plain", 1)
+    check_gathering("int4", 2)
+    for form in FORMS:
+        check_matmuls(form)
+
+
+if __name__ == "__main__":
+    main()
