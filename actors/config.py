@@ -16,6 +16,7 @@ MIN_SLOW_RANK_FACTOR = 2.0  # what differs by less is noise, or another mixture 
 Layout = Literal["auto", "single", "colocated", "disaggregated"]
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+QuantizeFfn = Literal["", "fp8"]
 KvDType = Literal["auto", "fp8"]
 Load = Literal["checkpoint", "dummy"]
 Routing = Literal["model", "uniform"]
@@ -44,6 +45,7 @@ class PipelineConfig:
     threads_per_rank: int = 0  # CPU threads of each rank; 0 divides the machine's cores
 
     dtype: DType = "auto"  # compute dtype of unquantized weights; auto is the checkpoint's
+    quantize_ffn: QuantizeFfn = ""  # fp8: shared experts and dense layers that the checkpoint has in 16 bits
     load: Load = "checkpoint"  # dummy: random weights on the device, for benchmarks at full size
     routing: Routing = "model"  # uniform: benchmarks only, experts at random instead of by score
 

@@ -24,11 +24,13 @@ from actors.dispatch.collective import CollectiveDispatch
 from actors.dispatch.contract import Dispatch, build_routing_table
 from actors.dispatch.group import EpochGroup
 from actors.dispatch.local import LocalDispatch
+from actors.dispatch.replicated import ReplicatedDispatch
 from actors.dispatch.rows import TokenShape
+from actors.dispatch.tensor_parallel import TensorParallel, make_tensor_parallel
 from actors.errors import RankError, UnreachableError
 from actors.expert.worker import ExpertWorker
 from actors.precision import compute_dtype
-from actors.types import Epoch, Loaded, RankSpec, SlotSource, StepPlan, StepResult
+from actors.types import Epoch, Loaded, Pace, RankSpec, SlotSource, StepPlan, StepResult
 from actors.wire import ChannelKeys
 
 EXPERT_REPORT_S = 1.0
@@ -60,6 +62,7 @@ class _Held:
     attention: AttentionWorker | None
     experts: ExpertWorker | None
     pools: PagePools | None
+    tp: TensorParallel
 
 
 class Rank:
@@ -82,6 +85,7 @@ class Rank:
         self._dispatch: Dispatch | None = None
         self._next_report_s = 0.0
         self._finished_s = 0.0  # when the last step was
+        self.pace: Pace | None = None  # replaced after each step, so that any thread may read it
 
     @property
     def spec(self) -> RankSpec | None:
@@ -110,7 +114,7 @@ class Rank:
         serves would change.
         """
         held = self._held
-        if held is None or held.pipeline != pipeline or held.spec.roles != spec.roles:
+        if held is None or (held.pipeline, held.spec.roles, held.spec.shard) != (pipeline, spec.roles, spec.shard):
             if self._epoch is not None and self._epoch.epoch > self._last_over:
                 raise RankError(self.rank, "cannot become another rank while it serves")
             self._held = None  # before its successor takes the memory
@@ -144,12 +148,21 @@ class Rank:
     ) -> _Held:
         model = read_model_config(Path(pipeline.model))
         experts = attention = pools = None
+        tp = make_tensor_parallel(spec.shard, self._token_shape(model, pipeline))
         if "expert" in spec.roles:
             experts = ExpertWorker.load(model, pipeline, spec.slots, self._device, report, sources, self.keys)
         if "attention" in spec.roles:  # last, for its cache takes what memory is left
-            attention = AttentionWorker.load(model, pipeline, self._device, report)
+            attention = AttentionWorker.load(model, pipeline, self._device, report, tp)
             pools = attention.allocate_cache()
-        return _Held(spec, pipeline, model, attention, experts, pools)
+        return _Held(spec, pipeline, model, attention, experts, pools, tp)
+
+    def _token_shape(self, model: ModelConfig, pipeline: PipelineConfig) -> TokenShape:
+        return TokenShape(
+            hidden=model.hidden_size,
+            experts_per_token=model.experts_per_token,
+            dtype=compute_dtype(model, pipeline),
+            device=self._device,
+        )
 
     def loaded(self, epoch: int) -> Loaded:
         """The answer to a Load for `epoch`."""
@@ -207,35 +220,42 @@ class Rank:
             raise RankError(self.rank, f"epoch {epoch_number} was not prepared")
         self.leave()
         self._position = epoch.position(self.rank)
-        slots_of_position = {position: spec.slots for position, spec in enumerate(epoch.ranks)}
-        routing = build_routing_table(slots_of_position, held.model.moe_layers, held.model.num_experts, self._device)
-        if len(epoch.ranks) == 1:
-            assert held.experts is not None, "a single rank has both roles"
-            self._dispatch = LocalDispatch(held.experts, routing)
-        else:
+        if len(epoch.ranks) > 1:
             pipeline, size = held.pipeline, len(epoch.ranks)
             self._group.join(epoch.epoch, self._position, size, pipeline.join_timeout_s, pipeline.group_timeout_s)
-            shape = TokenShape(
-                hidden=held.model.hidden_size,
-                experts_per_token=held.model.experts_per_token,
-                dtype=compute_dtype(held.model, pipeline),
-                device=self._device,
-            )
-            attention_positions = epoch.positions_of("attention")
-            self._collective = CollectiveDispatch(self._group, routing, held.experts, attention_positions, shape)
-            self._dispatch = self._collective
+        keeps_graphs = not held.tp.join(self._group, epoch.unit_positions(self.rank), fresh) and held.tp.size > 1
+        self._dispatch = self._make_dispatch(epoch, held, fresh)
         if held.experts is not None:
             held.experts.free_replaced()
         if held.attention is not None:
-            held.attention.start_epoch(self._dispatch, fresh)
+            held.attention.start_epoch(self._dispatch, fresh, keeps_graphs and not fresh)
         if fresh:
             self._taken_step = 0
         self._epoch = epoch
 
+    def _make_dispatch(self, epoch: Epoch, held: _Held, fresh: bool) -> Dispatch:
+        """The dispatch of the layout. A unit whose members are as before keeps its own, with tables in place."""
+        model, slots = held.model, {position: spec.slots for position, spec in enumerate(epoch.ranks)}
+        if held.tp.size > 1:
+            assert held.experts is not None, "ranks of a unit have both roles"
+            if isinstance(self._dispatch, ReplicatedDispatch) and not fresh:
+                self._dispatch.update(slots, self._position)
+                return self._dispatch
+            return ReplicatedDispatch(
+                held.experts, slots, model.moe_layers, model.num_experts, self._position, self._device
+            )
+        routing = build_routing_table(slots, model.moe_layers, model.num_experts, self._device)
+        if len(epoch.ranks) == 1:
+            assert held.experts is not None, "a single rank has both roles"
+            return LocalDispatch(held.experts, routing)
+        shape, attention_positions = self._token_shape(model, held.pipeline), epoch.positions_of("attention")
+        self._collective = CollectiveDispatch(self._group, routing, held.experts, attention_positions, shape)
+        return self._collective
+
     def leave(self) -> None:
         """Ends this rank's part in its epoch; peers that wait for it get an error at once."""
         self._epoch = None
-        self._collective = self._dispatch = None
+        self._collective = None
         self._group.leave()
 
     def step(self, plan: StepPlan) -> StepResult | None:
@@ -258,17 +278,41 @@ class Rank:
         epoch = self._epoch
         if epoch is None or plan.epoch != epoch.epoch or plan.epoch <= self._last_over:
             return None
-        began_s = time.perf_counter()
+        began_s, waited_s = time.perf_counter(), self._group.waited_s
         try:
-            return Launched(plan, began_s, self._launch(plan))
+            launched = Launched(plan, began_s, self._launch(plan))
         except RankError as e:
             self.leave()
             raise RankError(_number(epoch, e.rank, self.rank), e.problem) from e
+        self._count(plan, time.perf_counter() - began_s - (self._group.waited_s - waited_s))
+        return launched
+
+    def _count(self, plan: StepPlan, busy_s: float) -> None:
+        """Adds a step to `pace`, if there was anything to do in it."""
+        experts, before = self.experts, self.pace or Pace(busy_us=0, num_steps=0, num_rows=0)
+        num_rows = plan.tokens_of_rank[self._position] + (experts.take_num_rows() if experts else 0)
+        if num_rows:
+            self.pace = Pace(
+                busy_us=before.busy_us + int(busy_s * 1e6),
+                num_steps=before.num_steps + 1,
+                num_rows=before.num_rows + num_rows,
+            )
 
     def finish(self, launched: Launched) -> StepResult | None:
-        """Waits for a step's tokens; expert ranks answer nothing."""
-        plan = launched.plan
-        if plan.rank_plan is None:
+        """Waits for a step's tokens; ranks without a plan of their own answer nothing.
+
+        Raises RankError as `launch` does. A step that was ahead of one that failed is lost with it: None.
+        """
+        plan, epoch = launched.plan, self._epoch
+        if epoch is None or plan.rank_plan is None:
+            return None
+        if len(epoch.ranks) > 1 and launched.sampled is not None and launched.sampled.copied is not None:
+            try:
+                self._group.await_event(launched.sampled.copied)
+            except RankError as e:
+                self.leave()
+                raise RankError(_number(epoch, e.rank, self.rank), e.problem) from e
+        if not epoch.ranks[self._position].leads:
             return None
         tokens = launched.sampled.to_tokens() if launched.sampled is not None else []
         began_s, self._finished_s = max(launched.began_s, self._finished_s), time.perf_counter()

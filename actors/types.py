@@ -62,11 +62,27 @@ class RankSpec(Struct, frozen=True, array_like=True, kw_only=True):
 
     A number belongs to one process and is never given again. `slots[layer]` lists the experts held for that MoE layer,
     in slot order, EMPTY_SLOT where there is none; layers without slots are absent.
+
+    Tensor-parallel attention makes several ranks one unit. `shard` is (index, of): which part of the unit's heads, FFN
+    widths and output head this one holds. Shard 0 leads: it has plans of its own and answers them; the others name it
+    as their `leader` and follow its plans.
     """
 
     rank: int
     roles: tuple[Role, ...]
     slots: dict[int, tuple[int, ...]] = {}
+    shard: tuple[int, int] = (0, 1)
+    leader: int = -1  # -1: the rank follows nobody
+
+    @property
+    def unit(self) -> int:
+        """Number of the rank that leads its unit: its own, where it follows nobody."""
+        return self.rank if self.leader < 0 else self.leader
+
+    @property
+    def leads(self) -> bool:
+        """Whether it has plans of its own."""
+        return "attention" in self.roles and self.leader < 0
 
 
 class Epoch(Struct, frozen=True, array_like=True, kw_only=True):
@@ -85,6 +101,20 @@ class Epoch(Struct, frozen=True, array_like=True, kw_only=True):
     def of_role(self, role: Role) -> tuple[int, ...]:
         """Numbers of the ranks that have `role`, ascending."""
         return tuple(spec.rank for spec in self.ranks if role in spec.roles)
+
+    def leaders(self) -> tuple[int, ...]:
+        """Numbers of the ranks that have plans of their own, ascending: one of each attention unit."""
+        return tuple(spec.rank for spec in self.ranks if spec.leads)
+
+    def unit_positions(self, rank: int) -> tuple[int, ...]:
+        """Positions of the members of the unit that `rank` belongs to, in the order of their shards."""
+        unit = self.ranks[self.position(rank)].unit
+        members = [(spec.shard[0], i) for i, spec in enumerate(self.ranks) if spec.unit == unit]
+        return tuple(position for _, position in sorted(members))
+
+    def unit_of(self, rank: int) -> int:
+        """Number of the rank that leads the unit of `rank`: its own, where it is no member."""
+        return next((spec.unit for spec in self.ranks if spec.rank == rank), rank)
 
     def positions_of(self, role: Role) -> tuple[int, ...]:
         """Positions of the ranks that have `role`, ascending."""
@@ -130,11 +160,12 @@ class RankPlan(Struct, frozen=True, array_like=True, kw_only=True):
 
 
 class StepPlan(Struct, frozen=True, array_like=True, kw_only=True, tag="plan"):
-    """One step of one epoch. Every rank gets it; only attention ranks get a `rank_plan` (their own).
+    """One step of one epoch. Every rank gets it; only attention ranks get a `rank_plan`: their own, or their leader's.
 
     `tokens_of_rank[i]` is the number of tokens that the rank at position i of the epoch brings into the step (0 for
-    expert ranks), so that every rank knows the bounds of every message before it arrives. A step that an epoch's end
-    cut short comes again in the next one, under its old number, to those attention ranks that had not answered it.
+    expert ranks), so that every rank knows the bounds of every message before it arrives. Ranks of one unit bring the
+    same tokens, and each has their number there. A step that an epoch's end cut short comes again in the next one,
+    under its old number, to those attention ranks that had not answered it.
     """
 
     epoch: int
@@ -153,7 +184,7 @@ class SampledToken(Struct, frozen=True, array_like=True, kw_only=True):
 
 
 class StepResult(Struct, frozen=True, array_like=True, kw_only=True, tag="result"):
-    """What an attention rank sends back after a step, in the order of its work. Expert ranks send none.
+    """What a rank with a plan of its own sends back after a step, in the order of its work; others send none.
 
     `expert_tokens[layer][expert]` counts routed tokens since the last report; sent about once a second, else empty.
     """
@@ -207,7 +238,8 @@ class Prepare(Struct, frozen=True, array_like=True, kw_only=True, tag="prepare")
 class Join(Struct, frozen=True, array_like=True, kw_only=True, tag="join"):
     """Second phase, short, in the order of the plans: leave the epoch before and form the group of this one.
 
-    An attention rank forgets all requests if `fresh`, else goes on with those it has. Answered by Joined or Failed.
+    An attention rank forgets all requests if `fresh`, else goes on with those it has; ranks of one unit are told the
+    same. Answered by Joined or Failed.
     """
 
     epoch: int
@@ -226,10 +258,23 @@ class Beat(Struct, frozen=True, array_like=True, kw_only=True, tag="beat"):
     """
 
 
+class Pace(Struct, frozen=True, array_like=True, kw_only=True):
+    """What a rank has done since it began and how long it worked on it, waits for others left out. Counts only grow.
+
+    Steps that brought it nothing are not counted. Rows are tokens of its own, and rows that its experts computed. On a
+    GPU the time is the host's, which queues work: the device's is not told apart from its waits.
+    """
+
+    busy_us: int
+    num_steps: int
+    num_rows: int
+
+
 class Alive(Struct, frozen=True, array_like=True, kw_only=True, tag="alive"):
-    """Answers a Beat, whatever else the rank is doing."""
+    """Answers a Beat, whatever else the rank is doing. `pace` is None before its first step."""
 
     rank: int
+    pace: Pace | None = None
 
 
 class Attached(Struct, frozen=True, array_like=True, kw_only=True, tag="attached"):

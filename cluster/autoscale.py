@@ -34,11 +34,18 @@ class Autoscaler:
     """Implements the router's Scaler. `attention_ranks` and `expert_ranks` are the layout's own numbers.
 
     Only in a disaggregated layout do attention ranks count by themselves; elsewhere the bounds of experts hold for all.
+    `is_fixed`: the layout's numbers cannot change (tensor-parallel attention), whatever the bounds say.
     """
 
     def __init__(
-        self, scaling: ScalingConfig, attention_ranks: int, expert_ranks: int, layout: Layout = "disaggregated"
+        self,
+        scaling: ScalingConfig,
+        attention_ranks: int,
+        expert_ranks: int,
+        layout: Layout = "disaggregated",
+        is_fixed: bool = False,
     ) -> None:
+        self._is_fixed = is_fixed
         self._experts = _Side(role="expert", own=expert_ranks, count=expert_ranks)
         self._attention = (
             _Side(role="attention", own=attention_ranks, count=attention_ranks) if layout == "disaggregated" else None
@@ -55,6 +62,14 @@ class Autoscaler:
     def rebalance_interval_s(self) -> float:
         return self._scaling.rebalance_interval_s
 
+    @property
+    def slow_rank_factor(self) -> float:
+        return self._scaling.slow_rank_factor
+
+    @property
+    def slow_rank_s(self) -> float:
+        return self._scaling.slow_rank_s
+
     def set_bounds(self, scaling: ScalingConfig) -> None:
         """Applies from the next observation on."""
         self._scaling = scaling
@@ -63,6 +78,8 @@ class Autoscaler:
         """Fewest and most ranks of `role`; a bound of 0 is the layout's number, unless the other bound forbids it."""
         side = self._experts if role == "expert" or self._attention is None else self._attention
         scaling = self._scaling
+        if self._is_fixed:
+            return side.own, side.own
         if side.role == "expert":
             low, high = scaling.min_experts, scaling.max_experts
         else:

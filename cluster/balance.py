@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
+from msgspec import structs
 
 from actors.config import Layout
 from actors.errors import LayoutError
@@ -36,6 +37,9 @@ class Balancer:
 
     Ranks with the highest numbers retire, once the others hold every expert as often as they should; that may take some
     epochs. There are never fewer expert ranks than can hold `replicas` of every expert, whatever the goal (`problem`).
+
+    With `attention_tp` above 1 that many colocated ranks are one attention unit, and the pipeline. Their number never
+    changes: what is lost comes back as it was, and experts move between the ranks that are there.
     """
 
     layout: Layout  # not auto
@@ -44,8 +48,11 @@ class Balancer:
     num_slots: int
     replicas: int = 1
     rebalance_gain: float = 0.1
+    attention_tp: int = 1
 
     def __post_init__(self) -> None:
+        if self.attention_tp > 1 and self.layout != "colocated":
+            raise LayoutError(f"tensor-parallel attention needs the layout colocated, not {self.layout}")
         if self.moe_layers and min(self.num_slots, self.replicas) < 1:
             raise LayoutError(f"{self.num_slots} expert slots for {self.replicas} replicas of every expert")
 
@@ -57,24 +64,28 @@ class Balancer:
         experts = self._new_expert_ranks([self.num_slots] * num_ranks, numbers)
         dealt = place_experts(self.num_experts, num_ranks, self.replicas) if self.moe_layers else ()
         rows = [(*row, *[EMPTY_SLOT] * (self.num_slots - len(row))) for row in dealt]
-        return (*attention, *_with_slots(experts, dict.fromkeys(self.moe_layers, rows)))
+        return (*attention, *self._as_unit(_with_slots(experts, dict.fromkeys(self.moe_layers, rows))))
 
     def recover(self, survivors: Sequence[RankSpec], lost: Sequence[RankSpec], next_rank: int) -> tuple[RankSpec, ...]:
         """The membership that serves soonest after a loss: nothing is loaded but experts that nobody holds any more.
 
         They go into empty slots of survivors; where these have not the room, as few new ranks come as it takes, with
-        as many slots as lost ones had. `propose` brings back the rest.
+        as many slots as lost ones had. `propose` brings back the rest. A unit gets a new rank for each lost shard.
         """
         numbers = count(next_rank)
         attention, experts = _by_role(survivors)
         if self.layout == "disaggregated" and not attention:
             attention = self._new_attention_ranks(1, numbers)
         new_slots = iter(sorted(filter(None, (self._slots_of(spec) for spec in _by_role(lost)[1])), reverse=True))
-        sizes = [] if experts else [next(new_slots, self.num_slots)]
-        while any(self._num_missing(experts, layer) > sum(sizes) for layer in self.moe_layers):
-            sizes.append(next(new_slots, self.num_slots))
+        if self.attention_tp > 1:
+            experts = self._of_unit(experts)
+            sizes = [next(new_slots, self.num_slots) for _ in range(self.attention_tp - len(experts))]
+        else:
+            sizes = [] if experts else [next(new_slots, self.num_slots)]
+            while any(self._num_missing(experts, layer) > sum(sizes) for layer in self.moe_layers):
+                sizes.append(next(new_slots, self.num_slots))
         experts = [*experts, *self._new_expert_ranks(sizes, numbers)]
-        return _ascending(attention, self._stepped(experts, _held_at_all, {}))
+        return _ascending(attention, self._as_unit(self._stepped(experts, _held_at_all, {})))
 
     def propose(self, current: Sequence[RankSpec], goal: Goal, tokens: ExpertTokens, next_rank: int) -> Proposal | None:
         """The next step: ranks towards the goal's numbers and experts to where holders lack; else towards balance.
@@ -133,6 +144,8 @@ class Balancer:
 
     def _num_expert_ranks(self, experts: Sequence[RankSpec], goal: Goal) -> int:
         """The goal's number, or as many as it takes to hold `replicas` of every expert; the oldest stay."""
+        if self.attention_tp > 1:
+            return self.attention_tp
         for num in count(max(1, goal.expert_ranks)):
             new_slots = max(0, num - len(experts)) * self.num_slots
             rooms = (sum(len(spec.slots.get(layer, ())) for spec in experts[:num]) for layer in self.moe_layers)
@@ -141,6 +154,26 @@ class Balancer:
             ):
                 break
         return num
+
+    # --- attention units ----------------------------------------------------------------------------------------------
+
+    def _of_unit(self, ranks: Sequence[RankSpec]) -> list[RankSpec]:
+        """Those that have a shard of the unit as it is to be; of two with the same one, the older."""
+        by_shard: dict[tuple[int, int], RankSpec] = {}
+        for spec in ranks:
+            if spec.shard[1] == self.attention_tp:
+                by_shard.setdefault(spec.shard, spec)
+        return sorted(by_shard.values(), key=lambda spec: spec.rank)
+
+    def _as_unit(self, ranks: Sequence[RankSpec]) -> list[RankSpec]:
+        """`ranks` with the shards that nobody has given to those that have none, and with shard 0 as their leader."""
+        tp = self.attention_tp
+        if tp == 1:
+            return list(ranks)
+        free = iter(sorted(set(range(tp)) - {spec.shard[0] for spec in ranks if spec.shard[1] == tp}))
+        sharded = [s if s.shard[1] == tp else structs.replace(s, shard=(next(free), tp)) for s in ranks]
+        leader = next(spec.rank for spec in sharded if spec.shard[0] == 0)
+        return [structs.replace(s, leader=-1 if s.rank == leader else leader) for s in sharded]
 
     # --- ranks and their slots ----------------------------------------------------------------------------------------
 
@@ -266,7 +299,7 @@ def _rows(ranks: Sequence[RankSpec], layer: int) -> Rows:
 def _with_slots(ranks: Sequence[RankSpec], rows: Mapping[int, Rows]) -> list[RankSpec]:
     """`ranks` with `rows[layer][i]` as the slots of rank i."""
     slots = [{layer: of_ranks[i] for layer, of_ranks in rows.items() if of_ranks[i]} for i in range(len(ranks))]
-    return [RankSpec(rank=spec.rank, roles=spec.roles, slots=held) for spec, held in zip(ranks, slots, strict=True)]
+    return [structs.replace(spec, slots=held) for spec, held in zip(ranks, slots, strict=True)]
 
 
 def _by_role(ranks: Sequence[RankSpec]) -> tuple[list[RankSpec], list[RankSpec]]:

@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 
 from actors.attention.kv_cache import EXPECTED_CHUNKS, PagePools, fit_page_tokens, plan_pages
 from actors.checkpoint.config import ModelConfig
+from actors.checkpoint.shard import check_shard
 from actors.config import PipelineConfig
-from actors.errors import LayoutError
+from actors.dispatch.tensor_parallel import shard_config
+from actors.errors import ConfigError, LayoutError
 from actors.types import EMPTY_SLOT, RankSpec
 from cluster.floors import Split, decode, step_floor_s
 from cluster.footprint import Footprint, Precision
@@ -102,6 +104,7 @@ def _settled(pipeline: PipelineConfig, best: Candidate, footprint: Footprint, ma
         layout=best.split.layout,
         attention_ranks=best.split.attention_ranks,
         expert_ranks=best.split.expert_ranks,
+        attention_tp=best.split.attention_tp,
         expert_slots=num_expert_slots(pipeline, footprint.model, best.split.expert_ranks),
         device=machines.accelerator.device,
         max_model_len=best.max_model_len,
@@ -121,7 +124,7 @@ def rank_specs(
     split: Split, model: ModelConfig, expert_replicas: int = 1, expert_slots: int = 0
 ) -> tuple[RankSpec, ...]:
     """The ranks of a split. Attention ranks come first; every expert of every MoE layer gets its slots. What a rank has
-    beyond that of its `expert_slots` is empty.
+    beyond that of its `expert_slots` is empty. Ranks that share an attention follow the first of them.
 
     Raises LayoutError if there are fewer expert ranks than replicas.
     """
@@ -130,7 +133,17 @@ def rank_specs(
     slots = [dict.fromkeys(model.moe_layers, experts) if experts else {} for experts in held]
     if split.layout != "disaggregated":
         slots = slots or [{} for _ in range(split.num_ranks)]
-        return tuple(RankSpec(rank=i, roles=("attention", "expert"), slots=slots[i]) for i in range(split.num_ranks))
+        tp = split.attention_tp
+        return tuple(
+            RankSpec(
+                rank=i,
+                roles=("attention", "expert"),
+                slots=slots[i],
+                shard=(i % tp, tp),
+                leader=i - i % tp if i % tp else -1,
+            )
+            for i in range(split.num_ranks)
+        )
     attention = [RankSpec(rank=i, roles=("attention",)) for i in range(split.attention_ranks)]
     first = split.attention_ranks
     experts = [RankSpec(rank=first + i, roles=("expert",), slots=slots[i]) for i in range(split.expert_ranks)]
@@ -144,6 +157,10 @@ def assess(split: Split, pipeline: PipelineConfig, footprint: Footprint, machine
         return _impossible(split, f"{pipeline.expert_replicas} replicas of every expert need as many expert ranks")
     if split.layout == "disaggregated" and not model.moe_layers:
         return _impossible(split, "the model has no experts to disaggregate")
+    if split.attention_tp > 1 and (why := _indivisible(model, split.attention_tp)):
+        return _impossible(split, why)
+    if split.attention_tp > 1 and not machines.is_cpu and split.num_ranks > machines.per_host:
+        return _impossible(split, f"{split.num_ranks} ranks that share an attention need GPUs of one host")
     if split.expert_ranks > max(1, model.num_experts * pipeline.expert_replicas):
         return _impossible(split, f"{split.expert_ranks} expert ranks for {model.num_experts} experts")
     if not machines.is_cpu and split.num_ranks > machines.count:
@@ -158,22 +175,34 @@ def assess(split: Split, pipeline: PipelineConfig, footprint: Footprint, machine
     weights = [_weight_bytes(spec, footprint) for spec in specs]
     attention_bytes = max(weights[: split.attention_ranks])
     kv_bytes = _kv_room_bytes(pipeline, machines, attention_bytes)
-    max_model_len, pools = _contexts(pipeline, footprint, kv_bytes)
+    max_model_len, pools = _contexts(pipeline, footprint, kv_bytes, split.attention_tp)
+    tokens_per_unit = max(kv_bytes, 0) // footprint.kv_bytes_per_token(of=split.attention_tp)
     candidate = Candidate(
         split=split,
         attention_bytes=attention_bytes,
         expert_bytes=max(weights[-split.expert_ranks :]),
         kv_bytes=kv_bytes,
-        kv_tokens=max(kv_bytes, 0) // footprint.kv_bytes_per_token() * split.attention_ranks,
+        kv_tokens=tokens_per_unit * split.attention_units,
         max_model_len=max_model_len,
         pools=pools,
     )
     return replace(candidate, problem=_misfit(pipeline, machines, footprint, weights, candidate))
 
 
+def _indivisible(model: ModelConfig, attention_tp: int) -> str:
+    """What of the model cannot be divided over so many ranks; empty if all can."""
+    try:
+        check_shard(model, attention_tp)
+    except ConfigError as e:
+        return str(e)
+    return ""
+
+
 def _splits(pipeline: PipelineConfig, machines: Machines) -> list[Split]:
     """The splits that the configuration leaves open."""
     attention, experts = pipeline.attention_ranks, pipeline.expert_ranks
+    if pipeline.attention_tp > 1:
+        return [_shared_attention(pipeline)]
     if pipeline.layout == "single":
         if (attention, experts) != (1, 1):
             raise LayoutError(
@@ -191,6 +220,17 @@ def _splits(pipeline: PipelineConfig, machines: Machines) -> list[Split]:
     return _open_splits(machines)
 
 
+def _shared_attention(pipeline: PipelineConfig) -> Split:
+    """The one split that attention_tp admits: colocated, and all ranks one attention unit."""
+    tp = pipeline.attention_tp
+    if pipeline.layout not in ("auto", "colocated"):
+        raise LayoutError(f"attention_tp {tp} needs the layout colocated, not {pipeline.layout}")
+    for name, asked in (("attention_ranks", pipeline.attention_ranks), ("expert_ranks", pipeline.expert_ranks)):
+        if asked not in (1, tp):
+            raise LayoutError(f"with attention_tp {tp} there are {tp} ranks, each with both roles; {name} is {asked}")
+    return Split(layout="colocated", attention_ranks=tp, expert_ranks=tp, attention_tp=tp)
+
+
 def _open_splits(machines: Machines) -> list[Split]:
     """What auto chooses from: on a CPU one rank, on one host anything, on several hosts each side by itself."""
     n = 1 if machines.is_cpu else machines.count
@@ -199,7 +239,8 @@ def _open_splits(machines: Machines) -> list[Split]:
     disaggregated = [Split(layout="disaggregated", attention_ranks=a, expert_ranks=n - a) for a in range(1, n)]
     if machines.num_hosts > 1:
         return disaggregated
-    return [Split(layout="single"), Split(layout="colocated", attention_ranks=n, expert_ranks=n), *disaggregated]
+    colocated = [Split(layout="colocated", attention_ranks=n, expert_ranks=n, attention_tp=tp) for tp in (1, n)]
+    return [Split(layout="single"), *colocated, *disaggregated]
 
 
 def _preference(candidate: Candidate, footprint: Footprint, machines: Machines) -> float:
@@ -210,7 +251,7 @@ def _preference(candidate: Candidate, footprint: Footprint, machines: Machines) 
 
 def _weight_bytes(spec: RankSpec, footprint: Footprint) -> int:
     num_slots = sum(len(experts) for experts in spec.slots.values())
-    dense = footprint.attention_rank_bytes if "attention" in spec.roles else 0
+    dense = footprint.attention_shard_bytes(spec.shard[1]) if "attention" in spec.roles else 0
     return dense + num_slots * footprint.expert_bytes
 
 
@@ -251,7 +292,8 @@ def _misfit(
             f"max_model_len {pipeline.max_model_len:,} is above the model's {footprint.model.max_position_embeddings:,}"
         )
     needed_tokens = pipeline.max_model_len or (1 if pipeline.kv_cache_bytes else LEAST_CONTEXT_TOKENS)
-    room_tokens = longest_request_tokens(footprint, candidate.kv_bytes, candidate.pools.page_tokens)
+    tp = candidate.split.attention_tp
+    room_tokens = longest_request_tokens(footprint, candidate.kv_bytes, candidate.pools.page_tokens, tp)
     if room_tokens < needed_tokens:
         return (
             f"{_gb(max(candidate.kv_bytes, 0))} of KV per attention rank hold a request of {room_tokens:,} tokens, "
@@ -260,11 +302,13 @@ def _misfit(
     return ""
 
 
-def longest_request_tokens(footprint: Footprint, kv_bytes: int, page_tokens: int) -> int:
-    """Tokens of the longest single request that `kv_bytes` hold, in whole pages; chunked layers keep one chunk."""
+def longest_request_tokens(footprint: Footprint, kv_bytes: int, page_tokens: int, attention_tp: int = 1) -> int:
+    """Tokens of the longest request that `kv_bytes` of each of `attention_tp` ranks hold, in whole pages; chunked
+    layers keep one chunk.
+    """
     model = footprint.model
-    global_bytes = page_tokens * footprint.kv_bytes_per_token(len(model.global_layers))
-    chunked_bytes = page_tokens * footprint.kv_bytes_per_token(len(model.chunked_layers))
+    global_bytes = page_tokens * footprint.kv_bytes_per_token(len(model.global_layers), attention_tp)
+    chunked_bytes = page_tokens * footprint.kv_bytes_per_token(len(model.chunked_layers), attention_tp)
     chunk_pages = model.chunk_tokens // page_tokens
     pages = max(kv_bytes, 0) // (global_bytes + chunked_bytes)
     if chunked_bytes and pages >= chunk_pages:
@@ -272,7 +316,9 @@ def longest_request_tokens(footprint: Footprint, kv_bytes: int, page_tokens: int
     return int(pages) * page_tokens
 
 
-def _contexts(pipeline: PipelineConfig, footprint: Footprint, kv_bytes: int) -> tuple[int, PagePools]:
+def _contexts(
+    pipeline: PipelineConfig, footprint: Footprint, kv_bytes: int, attention_tp: int
+) -> tuple[int, PagePools]:
     """The longest request that may be asked for, in tokens, and the pages of both groups that KV room is divided in.
 
     Left open, the longest request is what pools balanced for usual requests hold: promising the model's own limit
@@ -280,12 +326,14 @@ def _contexts(pipeline: PipelineConfig, footprint: Footprint, kv_bytes: int) -> 
     """
     model = footprint.model
     page_tokens = fit_page_tokens(model, pipeline.page_tokens)
-    longest_tokens = min(longest_request_tokens(footprint, kv_bytes, page_tokens), model.max_position_embeddings)
+    room_tokens = longest_request_tokens(footprint, kv_bytes, page_tokens, attention_tp)
+    longest_tokens = min(room_tokens, model.max_position_embeddings)
     if not longest_tokens:
         return pipeline.max_model_len, PagePools(page_tokens=page_tokens, global_pages=0, chunked_pages=0)
     usual_tokens = min(longest_tokens, EXPECTED_CHUNKS * model.chunk_tokens or longest_tokens)
     kv_element_bytes = int(footprint.precision.kv_bytes)
-    pools = plan_pages(model, page_tokens, kv_bytes, pipeline.max_model_len or usual_tokens, kv_element_bytes)
+    held = shard_config(model, attention_tp)
+    pools = plan_pages(held, page_tokens, kv_bytes, pipeline.max_model_len or usual_tokens, kv_element_bytes)
     if pipeline.max_model_len:
         return pipeline.max_model_len, pools
     return min(longest_tokens, max(usual_tokens, pools.global_pages * page_tokens)), pools
@@ -310,7 +358,7 @@ def _refusal(considered: Sequence[Candidate], footprint: Footprint, machines: Ma
 
 
 def _reason(pipeline: PipelineConfig, machines: Machines, num_fitting: int) -> str:
-    if pipeline.layout != "auto":
+    if pipeline.layout != "auto" or pipeline.attention_tp > 1:
         return "as asked"
     if (pipeline.attention_ranks, pipeline.expert_ranks) != (1, 1):
         return "ranks were asked for by role"

@@ -34,6 +34,9 @@ def plan_membership(plan: Plan, scaling: ScalingConfig) -> Membership:
         num_slots=pipeline.expert_slots,
         replicas=pipeline.expert_replicas,
         rebalance_gain=scaling.rebalance_gain,
+        attention_tp=pipeline.attention_tp,
     )
-    autoscaler = Autoscaler(scaling, pipeline.attention_ranks, pipeline.expert_ranks, pipeline.layout)
+    autoscaler = Autoscaler(
+        scaling, pipeline.attention_ranks, pipeline.expert_ranks, pipeline.layout, is_fixed=pipeline.attention_tp > 1
+    )
     return Membership(balancer=balancer, autoscaler=autoscaler)

@@ -18,6 +18,7 @@ from actors.checkpoint.config import ModelConfig
 from actors.checkpoint.weights import AttentionWeights, DenseFfn, MoeGate
 from actors.config import Routing
 from actors.dispatch.contract import Dispatch
+from actors.dispatch.tensor_parallel import ALONE, TensorParallel
 from actors.kernels.linear import swiglu_ffn
 from actors.kernels.norm import add_rms_norm
 from actors.kernels.route import choose_experts, gate_logits
@@ -75,8 +76,12 @@ class Attend(Protocol):
 class AttentionModel:
     """Weights and their use."""
 
-    def __init__(self, config: ModelConfig, weights: AttentionWeights, routing: Routing = "model") -> None:
+    def __init__(
+        self, config: ModelConfig, weights: AttentionWeights, routing: Routing = "model", tp: TensorParallel = ALONE
+    ) -> None:
+        """`weights` may be one shard's, and `tp` then joins what its members compute."""
         self._config = config
+        self._tp = tp
         self._weights = weights
         embed_VD = weights.embed_VD
         self._eps = config.rms_norm_eps
@@ -105,11 +110,12 @@ class AttentionModel:
         h_TD = F.embedding(ids_T, self._weights.embed_VD)
         lots = iter(self._gate.draw_lots(positions_T))
         chosen: list[Tensor] = []
-        deltas: tuple[Tensor, ...] = ()  # not yet added to h
+        deltas: tuple[Tensor, ...] = ()  # not yet added to h; partial sums where attention is tensor-parallel
         for i, layer in enumerate(self._weights.layers):
-            x_TD = add_rms_norm(h_TD, deltas, layer.input_norm_D, self._eps)
+            x_TD = self._tp.add_rms_norm(h_TD, deltas, layer.input_norm_D, self._eps)
             out_TA = attend(i, F.linear(x_TD, layer.wqkv_QD))
-            x_TD = add_rms_norm(h_TD, (F.linear(out_TA, layer.wo_DA),), layer.post_norm_D, self._eps)
+            out_TD = F.linear(out_TA, layer.wo_DA)
+            x_TD = self._tp.add_rms_norm(h_TD, (out_TD,), layer.post_norm_D, self._eps)
             if isinstance(layer.ffn, DenseFfn):
                 deltas = (ffn(x_TD, layer.ffn),)
             else:
@@ -117,24 +123,25 @@ class AttentionModel:
                 chosen.append(choice.expert_ids_TK)
                 deltas = self._moe(i, x_TD, layer.ffn, choice, dispatch)
         self._count(chosen)
-        for delta_TD in deltas:
-            h_TD.add_(delta_TD)
+        self._tp.add_all_reduced(h_TD, deltas)
         return h_TD
 
     def logits(self, h_BD: Tensor) -> Tensor:
         """fp32 [B, V] of rows of `forward`'s result."""
         x_BD = add_rms_norm(h_BD, (), self._weights.final_norm_D, self._eps)
-        return F.linear(x_BD, self._weights.lm_head_VD).float()
+        return self._tp.all_gather_columns(F.linear(x_BD, self._weights.lm_head_VD)).float()
 
     def empty_logits(self, num_rows: int) -> Tensor:
         """Room for the logits of so many rows, [num_rows, V] in the model's dtype."""
-        head_VD = self._weights.lm_head_VD
-        return head_VD.new_empty(num_rows, head_VD.shape[0])
+        return self._weights.lm_head_VD.new_empty(num_rows, self._config.vocab_size)
 
     def write_logits(self, h_BD: Tensor, out_BV: Tensor) -> None:
         """The logits of `forward`'s rows into memory that is there already."""
         x_BD = add_rms_norm(h_BD, (), self._weights.final_norm_D, self._eps)
-        torch.mm(x_BD, self._weights.lm_head_VD.t(), out=out_BV)
+        if self._tp.size == 1:
+            torch.mm(x_BD, self._weights.lm_head_VD.t(), out=out_BV)
+        else:
+            out_BV.copy_(self._tp.all_gather_columns(F.linear(x_BD, self._weights.lm_head_VD)))
 
     def request_expert_tokens(self) -> None:
         """Starts to fetch the tokens routed to each expert since the last request, without waiting for the device."""

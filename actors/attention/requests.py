@@ -85,6 +85,11 @@ class RequestTable:
     def __len__(self) -> int:
         return len(self._states)
 
+    def clear(self) -> None:
+        """Forgets all requests. The memory of tokens stays where it is."""
+        self._states.clear()
+        self._free_rows = list(range(len(self.last_tokens_R) - 1, -1, -1))
+
     def __getitem__(self, request_idx: int) -> RequestState:
         return self._states[request_idx]
 

@@ -22,9 +22,10 @@ from actors.attention.sampler import SampledBatch, Sampler, workspace_bytes
 from actors.attention.seat_tables import SeatTables
 from actors.checkpoint.config import ModelConfig
 from actors.checkpoint.index import validate_checkpoint
-from actors.checkpoint.weights import AttentionWeights, dummy_attention, load_attention, num_weight_bytes
+from actors.checkpoint.weights import AttentionWeights, Shard, dummy_attention, load_attention, num_weight_bytes
 from actors.config import PipelineConfig
 from actors.dispatch.contract import Dispatch
+from actors.dispatch.tensor_parallel import ALONE, TensorParallel, shard_config
 from actors.kernels.prefill_attention import is_available
 from actors.kernels.triton_here import HAS_TRITON
 from actors.precision import compute_dtype
@@ -43,14 +44,21 @@ class AttentionWorker:
     """One attention rank. Use: `load`, `allocate_cache`, then `start_epoch` and any number of steps."""
 
     def __init__(
-        self, config: ModelConfig, pipeline: PipelineConfig, weights: AttentionWeights, device: torch.device
+        self,
+        config: ModelConfig,
+        pipeline: PipelineConfig,
+        weights: AttentionWeights,
+        device: torch.device,
+        tp: TensorParallel = ALONE,
     ) -> None:
+        """`weights` are the shard that `tp` says; the cache has that shard's heads."""
+        config = shard_config(config, tp.size)
         self._config = config
         self._pipeline = pipeline
         self._device = device
         self._dtype = weights.embed_VD.dtype
         self.weight_bytes = num_weight_bytes(weights)
-        self._model = AttentionModel(config, weights, pipeline.routing)
+        self._model = AttentionModel(config, weights, pipeline.routing, tp)
         self._attention = Attention(config)
         self._requests = RequestTable(device)
         self._sampler = Sampler(config.vocab_size, device)
@@ -68,14 +76,16 @@ class AttentionWorker:
         pipeline: PipelineConfig,
         device: torch.device,
         report: Callable[[int, int], None] | None = None,
+        tp: TensorParallel = ALONE,
     ) -> "AttentionWorker":
         """Reads, or with `load: dummy` makes, everything but the routed experts. Raises CheckpointError."""
-        dtype = compute_dtype(config, pipeline)
+        dtype, shard, quantize = compute_dtype(config, pipeline), Shard(index=tp.index, of=tp.size), pipeline.quantize_ffn
         if pipeline.load == "dummy":
-            weights = dummy_attention(config, dtype, device, DUMMY_SEED)
+            weights = dummy_attention(config, dtype, device, DUMMY_SEED, shard=shard, quantize_ffn=quantize)
         else:
-            weights = load_attention(validate_checkpoint(Path(pipeline.model)), config, dtype, device, report)
-        return cls(config, pipeline, weights, device)
+            index = validate_checkpoint(Path(pipeline.model))
+            weights = load_attention(index, config, dtype, device, report, shard=shard, quantize_ffn=quantize)
+        return cls(config, pipeline, weights, device, tp)
 
     def allocate_cache(self) -> PagePools:
         """Takes the memory for keys and values: on a GPU what the weights left. Raises ConfigError if there is none."""
@@ -95,6 +105,7 @@ class AttentionWorker:
 
     def _start_kernels(self, cache: KvCache, longest_tokens: int) -> None:
         config, device, max_rows = self._config, self._device, self._pipeline.max_num_seqs
+        self._requests = RequestTable(device, max_rows)
         self._tables = SeatTables(config, cache, max_rows, longest_tokens)
         attention = KernelAttention(config, cache, self._tables, max_rows, device)
         if not self._pipeline.enforce_eager:
@@ -102,13 +113,16 @@ class AttentionWorker:
         if is_available(device, self._dtype, config.head_dim):
             self._mixed = MixedAttention(config, attention, self._dtype, cache, device)
 
-    def start_epoch(self, dispatch: Dispatch, fresh: bool = True) -> None:
-        """Experts are reached through `dispatch` from now on. Forgets all requests if `fresh`."""
+    def start_epoch(self, dispatch: Dispatch, fresh: bool = True, keeps_graphs: bool = False) -> None:
+        """Experts are reached through `dispatch` from now on. Forgets all requests if `fresh`.
+
+        `keeps_graphs`: what was captured before still reaches them, in the same memory.
+        """
         self._dispatch = dispatch
         if fresh:
-            self._requests = RequestTable(self._device, self._pipeline.max_num_seqs if self._tables else 0)
+            self._requests.clear()
             self._sampler = Sampler(self._config.vocab_size, self._device)
-        if self._decode is not None and dispatch.is_capturable:
+        if self._decode is not None and dispatch.is_capturable and not keeps_graphs:
             self._decode.start_epoch(dispatch, self._requests.last_tokens_R)
 
     def step(self, plan: RankPlan) -> list[SampledToken]:

@@ -5,7 +5,6 @@ multiplied, nor of which tensors there are (`tensors.py`, whose names are offere
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Literal
 
 import torch
 
@@ -31,6 +30,7 @@ from actors.checkpoint.tensors import (
     allocate_slots,
     num_weight_bytes,
 )
+from actors.config import QuantizeFfn
 
 __all__ = [
     "AttentionWeights", "DenseFfn", "ExpertTarget", "ExpertWeights", "LayerWeights", "MoeGate", "Room", "Shard",
@@ -39,7 +39,6 @@ __all__ = [
 ]  # fmt: skip
 
 Slots = Mapping[int, tuple[int, ...]]  # layer -> expert of each slot, as RankSpec.slots
-QuantizeFfn = Literal["", "fp8"]
 
 
 def load_attention(

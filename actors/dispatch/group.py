@@ -7,12 +7,14 @@ sent. Ranks are positions in the epoch's list of members.
 
 import os
 import socket
+import time
 import traceback
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, Store
 
@@ -57,6 +59,19 @@ class RendezvousStore:
         self._store = None
 
 
+class DeviceWaits(Protocol):
+    """Waits for peers that run on the device, outside of the group's own messages."""
+
+    @property
+    def blamed(self) -> int | None:
+        """The rank that one of them was given up for; None if there is none, as far as the host can see."""
+        ...
+
+    def abort(self) -> None:
+        """Ends those that run, and all to come, within microseconds. From any thread."""
+        ...
+
+
 class Transfer:
     """Sends and receives in flight. Wait for it once; the group may cut it short."""
 
@@ -87,10 +102,13 @@ class EpochGroup:
         self._gloo_device: Any = None
         self._transport: Transport | None = None
         self._in_flight: set[Transfer] = set()
+        self._device_waits: list[DeviceWaits] = []
         self._last_epoch = -1  # that was tried at this store
+        self.waited_s = 0.0  # in all, for peers and for the device
         self.epoch = -1
         self.rank = UNKNOWN_RANK
         self.world = 0
+        self.operation_timeout_s = DEFAULT_TIMEOUT_S
         self.preposts = False
 
     def prepare(self, store_endpoint: str) -> None:
@@ -129,23 +147,37 @@ class EpochGroup:
         store = PrefixStore(f"epoch{epoch}", self._store)
         store.set_timeout(timedelta(seconds=timeout_s))
         self.epoch, self.rank, self.world = epoch, rank, world
+        self.operation_timeout_s = operation_timeout_s
         try:
             self._transport = self._form(store, rank, world, timeout_s, operation_timeout_s)
         except RuntimeError as e:
             raise RankError(rank, f"the group of epoch {epoch} did not form: {_first_line(e)}") from e
         self.preposts = self._transport.preposts
 
+    def attach(self, waits: DeviceWaits) -> None:
+        """Has these waits end with the group, and the group fail with them. Until the group is left."""
+        self._device_waits.append(waits)
+
+    def namespace(self, name: str) -> Store:
+        """A part of the store for what the ranks of this epoch agree on beside the group. Raises RankError."""
+        if self._transport is None or self._store is None:
+            raise RankError(self.rank, f"is in no group (the last was of epoch {self.epoch})")
+        return PrefixStore(f"epoch{self.epoch}/{name}", self._store)
+
     def leave(self) -> None:
         """Ends the group, if there is one. Peers that wait for this rank get an error at once."""
         for transfer in self._in_flight:
             transfer.posted.clear()  # a work keeps its sockets open, whoever still holds the transfer
         self._in_flight.clear()
+        self._device_waits.clear()
         transport, self._transport = self._transport, None
         if transport is not None:
             transport.close()
 
     def interrupt(self) -> None:
         """Has whoever waits in this group fail at once. From any thread; the group is of no use afterwards."""
+        for waits in list(self._device_waits):
+            waits.abort()
         transport = self._transport
         if transport is not None:
             transport.interrupt()
@@ -168,20 +200,51 @@ class EpochGroup:
 
         On CUDA it is this call that notices lost peers. Raises RankError.
         """
+        began_s = time.perf_counter()
         try:
             self._formed().synchronize()
         except RuntimeError as e:
+            raise self._fail_by_device(e) from e
+        self.waited_s += time.perf_counter() - began_s
+        self._check_device_waits()
+
+    def await_event(self, event: Any) -> None:
+        """Waits for a recorded CUDA event as `synchronize` does for all that was queued. Raises RankError."""
+        try:
+            self._formed().await_event(event)
+        except RuntimeError as e:
+            raise self._fail_by_device(e) from e
+        self._check_device_waits()
+
+    def all_reduce(self, x: Tensor) -> bool:
+        """Sums x over all ranks in place where the backend does that well; says whether it did. Raises RankError."""
+        try:
+            return self._formed().all_reduce(x)
+        except RuntimeError as e:
             raise self._fail(UNKNOWN_RANK, e) from e
+
+    def _check_device_waits(self) -> None:
+        blamed = self._blamed()
+        if blamed is not None:
+            raise self._fail(blamed, RuntimeError("a kernel has waited for it in vain"))
+
+    def _fail_by_device(self, error: RuntimeError) -> RankError:
+        blamed = self._blamed()
+        return self._fail(UNKNOWN_RANK if blamed is None else blamed, error)
+
+    def _blamed(self) -> int | None:
+        return next((w.blamed for w in self._device_waits if w.blamed is not None), None)
 
     def _finish(self, transfer: Transfer) -> None:
         transport, posted = self._formed(), transfer.posted
-        idx = 0
+        idx, began_s = 0, time.perf_counter()
         try:
             while idx < len(posted):
                 transport.wait(posted[idx][1])
                 idx += 1
         except RuntimeError as e:
             raise self._fail(posted[idx][0], e) from e
+        self.waited_s += time.perf_counter() - began_s
         posted.clear()
         self._in_flight.discard(transfer)
 
@@ -192,6 +255,8 @@ class EpochGroup:
 
     def _fail(self, peer: int, error: RuntimeError) -> RankError:
         """Ends the group, so that peers that wait for this rank learn of it without a timeout of their own."""
+        for waits in self._device_waits:  # what is queued on the device would wait for each of its peers in turn
+            waits.abort()
         traceback.clear_frames(error.__traceback__)  # their locals hold works, and so the sockets
         self.leave()
         return RankError(peer, f"lost in epoch {self.epoch}: {_first_line(error)}")

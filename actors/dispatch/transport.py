@@ -47,6 +47,14 @@ class Transport(Protocol):
         """Makes the tensors of `work` safe to use: for the host on CPU, for the current stream on CUDA."""
         ...
 
+    def all_reduce(self, x: Tensor) -> bool:
+        """Sums x over all ranks in place, on the current stream. False, and nothing done, where post does as well."""
+        ...
+
+    def await_event(self, event: Any) -> None:
+        """Blocks until the device has reached a recorded CUDA event, at most the timeout."""
+        ...
+
     def synchronize(self) -> None:
         """Blocks until the device has done all that was queued on the current stream, so that it can be read."""
         ...
@@ -94,6 +102,13 @@ class GlooTransport:
 
     def wait(self, work: Any) -> None:
         work.wait(self._timeout)
+
+    def all_reduce(self, x: Tensor) -> bool:
+        """Gloo's own would wait without noticing whoever dies."""
+        return False
+
+    def await_event(self, event: Any) -> None:
+        """Host memory is always current."""
 
     def synchronize(self) -> None:
         """Host memory is always current."""
@@ -159,6 +174,15 @@ class NcclTransport:
         work.wait()
         self._waited.append(self._mark())
 
+    def all_reduce(self, x: Tensor) -> bool:
+        self._formed().allreduce([x], AllreduceOptions()).wait()
+        self._waited.append(self._mark())
+        return True
+
+    def await_event(self, event: Any) -> None:
+        self._waited.append(event)
+        self._await_all(self._timeout_s)
+
     def synchronize(self) -> None:
         self._synchronize(self._timeout_s)
 
@@ -186,6 +210,9 @@ class NcclTransport:
 
     def _synchronize(self, timeout_s: float) -> None:
         self._waited.append(self._mark())
+        self._await_all(timeout_s)
+
+    def _await_all(self, timeout_s: float) -> None:
         while self._waited:
             event = self._waited.popleft()
             start_s = time.monotonic()

@@ -47,7 +47,9 @@ class Suspend:
 
 @dataclass(frozen=True, slots=True)
 class BeginServing:
-    """All ranks of `epoch` have joined. Attention ranks in `kept` still have their requests, the others have none."""
+    """All ranks of `epoch` have joined. Attention ranks in `kept` still have their requests, the others have none; of a
+    unit of several ranks all are in it, or none.
+    """
 
     epoch: Epoch
     loaded: dict[int, Loaded]

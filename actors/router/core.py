@@ -7,7 +7,7 @@ can drive it on a clock of its own.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from actors.config import PipelineConfig
@@ -18,6 +18,7 @@ from actors.router.expert_load import ExpertLoad
 from actors.router.fleet import Fleet, RankUp
 from actors.router.membership import Observation, Proposal, Scaler
 from actors.router.metrics import RouterMetrics
+from actors.router.pace import SlowRanks, replace_rank
 from actors.router.scheduler import OwnedEvent, RankPages, Scheduler, SchedulerLimits
 from actors.router.steps import SentStep, StepsInFlight
 from actors.types import (
@@ -52,6 +53,7 @@ RANK_BEATS_PER_SILENCE = 4  # a rank is given up when it has answered none of so
 CHORES_S = 0.01  # between looks at the fleet and at timeouts
 OBSERVE_S = 1.0
 RETRY_AFTER_S = 1.0
+SUCCESSOR_START_S = 60.0  # for a slow rank's successor to come up: there was room for it
 
 
 class Outside(Protocol):
@@ -94,6 +96,7 @@ class RouterCore:
         self._step = 0
         self._epoch: Epoch | None = None  # that steps may be sent to
         self._expert_load = ExpertLoad()
+        self._slow_ranks = SlowRanks()
         self._ingress_seen_s: dict[bytes, float] = {}
         self._outbox: dict[bytes, list[TokenEvent]] = {}
         self._missed_beats: dict[int, int] = {}
@@ -159,13 +162,13 @@ class RouterCore:
         epoch = self._epoch
         assert epoch is not None, "steps are planned only while an epoch serves"
         tokens = {rank: sum(work.num_tokens for work in plan.work) for rank, plan in sent.plans.items()}
-        tokens_of_rank = tuple(tokens.get(spec.rank, 0) for spec in epoch.ranks)
+        tokens_of_rank = tuple(tokens.get(spec.unit, 0) for spec in epoch.ranks)
         for spec in epoch.ranks:
             plan = StepPlan(
-                epoch=epoch.epoch, step=sent.step, tokens_of_rank=tokens_of_rank, rank_plan=sent.plans.get(spec.rank)
+                epoch=epoch.epoch, step=sent.step, tokens_of_rank=tokens_of_rank, rank_plan=sent.plans.get(spec.unit)
             )
             self._outside.to_rank(spec.rank, plan)
-        self.metrics.step_launched(sum(tokens_of_rank))
+        self.metrics.step_launched(sum(tokens.values()))
 
     def _on_result(self, result: StepResult, now_s: float) -> None:
         """Results count whatever became of the epoch: what a rank has computed is not computed again."""
@@ -209,8 +212,10 @@ class RouterCore:
         match message:
             case StepResult():
                 self._on_result(message, now_s)
-            case Alive(rank=rank):
+            case Alive(rank=rank, pace=pace):
                 self._missed_beats[rank] = 0
+                if pace is not None and self._epoch is not None:
+                    self._slow_ranks.note(rank, pace, self._scheduler.num_pages_used(self._epoch.unit_of(rank)), now_s)
             case Progress():
                 machine.on_progress(message)
             case Attached():
@@ -254,11 +259,7 @@ class RouterCore:
 
     def _begin_serving(self, action: BeginServing, now_s: float) -> None:
         epoch, kept = action.epoch, action.kept
-        pages = {
-            rank: RankPages(action.loaded[rank].global_pages, action.loaded[rank].chunked_pages)
-            for rank in epoch.of_role("attention")
-        }
-        self._scheduler.change_ranks(pages, kept)
+        self._scheduler.change_ranks(_pages_of_units(epoch, action.loaded), kept)
         self._epoch = epoch
         self._steps.keep_only(kept, now_s)
         for sent in self._steps:
@@ -315,10 +316,12 @@ class RouterCore:
             del self._ingress_seen_s[identity]
 
     def _give_up(self, now_s: float) -> None:
-        """Nobody waits for ever: what is open ends, and nothing is queued until an epoch serves again."""
+        """Nobody waits for ever: what is open ends, and nothing is queued until an epoch serves again.
+
+        Steps in flight stay: attention ranks that live are told in them whom to forget, and the scheduler awaits them.
+        """
         self._has_served, self._down_since_s = False, now_s
         self._emit(self._scheduler.fail_all(_unavailable("the pipeline did not recover in time")))
-        self._steps.clear()
         self._flush()
 
     def _observe(self, now_s: float) -> None:
@@ -339,6 +342,7 @@ class RouterCore:
                 expert_ranks=len(epoch.of_role("expert")),
             )
             self._machine.goal = self._scaler.observe(seen, now_s)
+            self._replace_slow(epoch, now_s)
             self._follow_goal(now_s)
         self.metrics.set_load(load, epoch.epoch if epoch else 0, self._machine.serving)
         self._count_membership()
@@ -363,6 +367,20 @@ class RouterCore:
         knows_load = balancing or not self._machine.is_at_goal  # who comes should take what is hot
         self._outside.think(self._machine.proposer(self._expert_load.tokens(now_s) if knows_load else {}))
 
+    def _replace_slow(self, epoch: Epoch, now_s: float) -> None:
+        """Has a rank that is slow for good replaced, if there is room for another beside it."""
+        roles_of = {spec.rank: spec.roles for spec in epoch.ranks}
+        slow = self._slow_ranks.find(roles_of, self._scaler.slow_rank_factor, self._scaler.slow_rank_s, now_s)
+        if slow is None or self._thinks_of is not None or not self._machine.idle(now_s):
+            return
+        self._slow_ranks.replaced(now_s)
+        self.metrics.slow_ranks += 1
+        log.warning("%s", slow.why)
+        self._thinks_of = epoch
+        ranks, fleet = replace_rank(epoch.ranks, slow.rank, self._machine.next_rank), self._fleet
+        proposal = Proposal(ranks=ranks, why=slow.why, start_within_s=SUCCESSOR_START_S)
+        self._outside.think(lambda: proposal if fleet.has_room(roles_of[slow.rank]) else None)
+
     def on_proposal(self, proposal: Proposal | None, now_s: float) -> None:
         """What `Outside.think` came to. It is of no use where the epoch that it is about is over."""
         epoch, self._thinks_of = self._thinks_of, None
@@ -384,7 +402,15 @@ class RouterCore:
             },
             "epoch": epoch.epoch if epoch else 0,
             "ranks": [
-                {"rank": spec.rank, "roles": spec.roles, "endpoint": endpoint, "slots": spec.slots}
+                {
+                    "rank": spec.rank,
+                    "roles": spec.roles,
+                    "endpoint": endpoint,
+                    "slots": spec.slots,
+                    "shard": spec.shard,
+                    "unit": spec.unit,
+                    "busy_ms": self._slow_ranks.busy_ms(spec.rank),
+                }
                 for spec, endpoint in zip(epoch.ranks, epoch.endpoints, strict=True)
             ]
             if epoch
@@ -410,6 +436,15 @@ class RouterCore:
         for identity, events in self._outbox.items():
             self._outside.to_ingress(identity, TokenBatch(events=tuple(events)))
         self._outbox.clear()
+
+
+def _pages_of_units(epoch: Epoch, loaded: Mapping[int, Loaded]) -> dict[int, RankPages]:
+    """KV room by leader: ranks of one unit use the same pages, so the one that has fewest decides."""
+    members = {leader: [loaded[spec.rank] for spec in epoch.ranks if spec.unit == leader] for leader in epoch.leaders()}
+    return {
+        leader: RankPages(min(m.global_pages for m in of_unit), min(m.chunked_pages for m in of_unit))
+        for leader, of_unit in members.items()
+    }
 
 
 def _as_info(error: CorralError) -> ErrorInfo:

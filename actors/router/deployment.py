@@ -56,6 +56,7 @@ class MetricsPublisher:
                 ("generated_tokens", "Tokens sampled"),
                 ("preemptions", "Requests preempted to be recomputed"),
                 ("epochs_lost", "Epochs that ended because a rank was lost"),
+                ("slow_ranks", "Ranks found to be slow for good"),
                 ("step_seconds", "Seconds that ranks spent in steps"),
             )
         }
@@ -83,7 +84,7 @@ class MetricsPublisher:
                 gauge.set(count, tags={"role": role})
         for outcome, total in (("done", metrics.changes_done), ("failed", metrics.changes_failed)):
             self._count_up(self._changes, ("changes", outcome), total, {"outcome": outcome})
-        for name in ("steps", "step_tokens", "generated_tokens", "step_seconds", "epochs_lost"):
+        for name in ("steps", "step_tokens", "generated_tokens", "step_seconds", "epochs_lost", "slow_ranks"):
             self._count_up(self._counters[name], name, getattr(metrics, name), {})
         self._count_up(self._counters["preemptions"], "preemptions", load.num_preemptions, {})
         for (layer, expert), total in list(metrics.expert_tokens.items()):

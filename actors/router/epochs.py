@@ -4,6 +4,10 @@ Owns which ranks live, what they hold, the epoch that serves and the one change 
 sockets, processes or requests: the router tells it what happened and carries out the actions that it returns. Time is
 passed in, in seconds.
 
+Ranks of one attention unit live and die together, as far as requests go: each has a part of every request's KV, and
+which steps all of them have finished is known only while none fails. So a unit of several ranks keeps its requests
+through changes that were planned, and through no loss.
+
 A change goes through its phases in order, each begun when all its ranks have answered the one before: start the ranks
 that are new, load what differs, prepare, finish the steps in flight, join. Up to the join the old epoch serves on, and
 a change that fails leaves it so. A lost member of the epoch that serves ends that epoch and any change: the planner
@@ -149,6 +153,11 @@ class EpochMachine:
         """What the change that is on its way is for; empty if there is none."""
         return self._change.why if self._change else ""
 
+    @property
+    def next_rank(self) -> int:
+        """The number that the next new rank gets, and those above it."""
+        return self._next_rank
+
     def live_ranks(self) -> tuple[int, ...]:
         """Ranks whose processes listen."""
         return tuple(rank for rank, member in self._members.items() if member.endpoints is not None)
@@ -182,7 +191,8 @@ class EpochMachine:
 
     def want(self, proposal: Proposal, now_s: float) -> list[Action]:
         """Begins a planned change. Ask `idle` first."""
-        return self._start_change(proposal.ranks, proposal.why, now_s, is_planned=True)
+        within_s = START_TIMEOUT_S if proposal.start_within_s is None else proposal.start_within_s
+        return self._start_change(proposal.ranks, proposal.why, now_s, is_planned=True, start_within_s=within_s)
 
     def idle(self, now_s: float) -> bool:
         """Whether an epoch serves, no change is on its way, and none has failed just now."""
@@ -267,6 +277,9 @@ class EpochMachine:
         if self.serving and self._last is not None and message.epoch == self._last.epoch:
             return self.break_epoch(problem, now_s)
         change = self._change
+        if change is not None and self._breaks_unit(message, change):
+            self._kept -= _shared(self._last)
+            return self._fail(problem, now_s)
         if change is None or not self._is_current(message.epoch):
             return []
         change.problems.append(problem)
@@ -277,6 +290,11 @@ class EpochMachine:
         if change.phase is Phase.LOADING:
             return self._fail(problem, now_s)
         return self._answered(change.phase, message.rank, now_s)
+
+    def _breaks_unit(self, message: Failed, change: _Change) -> bool:
+        """Whether a rank reports, as the next epoch is joined, that it has not finished a step its leader answered."""
+        is_late = self._last is not None and message.epoch == self._last.epoch and change.phase is Phase.JOINING
+        return is_late and message.rank in self._kept & _shared(self._last)
 
     def tick(self, now_s: float) -> list[Action]:
         """Lets time pass: a phase over its time fails, a pause ends."""
@@ -313,10 +331,13 @@ class EpochMachine:
         wanted = _numbers(ranks)
         dropped: list[Action] = [Kill(rank) for rank in sorted(self._members) if rank not in wanted]
         self._members = {rank: member for rank, member in self._members.items() if rank in wanted}
-        self._kept &= wanted
+        self._kept = (self._kept & wanted) - _shared(self._last)
         return dropped + self._start_change(ranks, why, now_s, is_planned=False)
 
-    def _start_change(self, ranks: tuple[RankSpec, ...], why: str, now_s: float, is_planned: bool) -> list[Action]:
+    def _start_change(
+        self, ranks: tuple[RankSpec, ...], why: str, now_s: float, is_planned: bool,
+        start_within_s: float = START_TIMEOUT_S,
+    ) -> list[Action]:  # fmt: skip
         self._number = max(self._number + 1, int(now_s * 1000))  # above any epoch of a router before us
         self._change = _Change(Epoch(epoch=self._number, ranks=ranks), why, now_s, is_planned)
         self._retry_at_s, self._progress = float("inf"), {}
@@ -326,7 +347,7 @@ class EpochMachine:
             self._next_rank = max(self._next_rank, spec.rank + 1)
         actions: list[Action] = [Start(spec.rank, spec.roles) for spec in new]
         starting = {rank for rank in _numbers(ranks) if self._members[rank].endpoints is None}
-        return actions + self._enter(Phase.STARTING, starting, now_s, START_TIMEOUT_S)
+        return actions + self._enter(Phase.STARTING, starting, now_s, start_within_s)
 
     def _enter(self, phase: Phase, waiting_for: set[int], now_s: float, timeout_s: float) -> list[Action]:
         change = self._change
@@ -415,6 +436,7 @@ class EpochMachine:
     def _join(self, change: _Change, now_s: float) -> list[Action]:
         """From here on the epoch before is gone."""
         self.serving = False
+        self._kept &= _same_units(self._last, change.ranks)
         self._suspended_s = change.paused_s if self._suspended_s is None else self._suspended_s
         tells: list[Action] = [
             Tell(spec.rank, Join(epoch=change.epoch.epoch, fresh=spec.rank not in self._kept)) for spec in change.ranks
@@ -496,6 +518,25 @@ class EpochMachine:
 
 def _numbers(ranks: Sequence[RankSpec]) -> set[int]:
     return {spec.rank for spec in ranks}
+
+
+def _shared(epoch: Epoch | None) -> set[int]:
+    """Ranks that share an attention with others."""
+    return {spec.rank for spec in epoch.ranks if spec.shard[1] > 1} if epoch else set()
+
+
+def _same_units(before: Epoch | None, after: Sequence[RankSpec]) -> set[int]:
+    """Ranks whose units have the same members, with the same shards, as before."""
+    old, new = _units(before.ranks if before else ()), _units(after)
+    return {rank for unit in old.values() if unit in new.values() for rank, _ in unit}
+
+
+def _units(ranks: Sequence[RankSpec]) -> dict[int, set[tuple[int, tuple[int, int]]]]:
+    """By leader: its unit's members, each with its shard."""
+    units: dict[int, set[tuple[int, tuple[int, int]]]] = {}
+    for spec in ranks:
+        units.setdefault(spec.unit, set()).add((spec.rank, spec.shard))
+    return units
 
 
 def _spec_of(ranks: Sequence[RankSpec], rank: int) -> RankSpec:

@@ -1,7 +1,7 @@
 """Where ranks come from: the one thing the router needs of whatever places processes.
 
 Owns the interface only. `cluster/placement.py` implements it with Ray actors, `cluster/local_fleet.py` with plain
-processes of this machine. Nothing here blocks.
+processes of this machine. Nothing here blocks, `has_room` apart.
 """
 
 from collections.abc import Sequence
@@ -39,6 +39,12 @@ class Fleet(Protocol):
 
     def start(self, rank: int, roles: Sequence[Role]) -> None:
         """Begins to start a process for a new rank number. RankUp or RankDown follows as news."""
+        ...
+
+    def has_room(self, roles: Sequence[Role]) -> bool:
+        """Whether a process for a rank of these roles could start now, without a node more. May block, unlike the rest,
+        and is called from another thread.
+        """
         ...
 
     def kill(self, rank: int) -> None:

@@ -25,17 +25,22 @@ class Goal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proposal:
-    """A membership that can follow the current one in one epoch, and why, in one line for people."""
+    """A membership that can follow the current one in one epoch, and why, in one line for people.
+
+    `start_within_s` is how long its new ranks may take to come up; None is as long as a node takes to be brought.
+    """
 
     ranks: tuple[RankSpec, ...]
     why: str
+    start_within_s: float | None = None
 
 
 class MembershipPlanner(Protocol):
     """Plans memberships. New ranks get the numbers `next_rank`, `next_rank + 1`, ...; ranks ascend in the result.
 
     Every membership that is returned has an attention rank, a holder for every expert of every MoE layer, and no rank
-    with two slots of one expert.
+    with two slots of one expert. Attention units are whole in it: every shard is there once, and no rank that stays
+    gets another shard.
     """
 
     def first(self, goal: Goal, next_rank: int) -> tuple[RankSpec, ...]:
@@ -84,6 +89,16 @@ class Scaler(Protocol):
     @property
     def rebalance_interval_s(self) -> float:
         """Least time between two looks at the balance."""
+        ...
+
+    @property
+    def slow_rank_factor(self) -> float:
+        """A rank that takes so many times as long as it should is replaced; 0 is never."""
+        ...
+
+    @property
+    def slow_rank_s(self) -> float:
+        """For how long it must have done so."""
         ...
 
     def observe(self, seen: Observation, now_s: float) -> Goal: ...

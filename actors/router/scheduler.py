@@ -222,6 +222,11 @@ class Scheduler:
         """Requests that can run at once."""
         return self.limits.max_num_seqs * len(self._ranks)
 
+    def num_pages_used(self, rank: int) -> int:
+        """Pages of both groups that requests hold on an attention rank; 0 for any other."""
+        planner = self._ranks.get(rank)
+        return planner.global_pool.num_used + planner.chunked_pool.num_used if planner else 0
+
     @property
     def queue_s(self) -> float:
         """Seconds until what waits now is likely to have been admitted; 0 if nothing waits."""

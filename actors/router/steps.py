@@ -53,8 +53,5 @@ class StepsInFlight:
             sent.sent_s = now_s
         self._drop_answered()
 
-    def clear(self) -> None:
-        self._steps.clear()
-
     def _drop_answered(self) -> None:
         self._steps = [sent for sent in self._steps if sent.plans]

@@ -22,6 +22,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "2A+2E": {"layout": "disaggregated", "attention_ranks": 2, "expert_ranks": 2},
     "1A+2E, two replicas": {"layout": "disaggregated", "expert_ranks": 2, "expert_replicas": 2},
     "colocated": {"layout": "colocated", "attention_ranks": 2},
+    "colocated, one attention": {"layout": "colocated", "attention_tp": 2},
+    "colocated, one attention, replicas": {"layout": "colocated", "attention_tp": 2, "expert_replicas": 2,
+                                           "max_num_batched_tokens": 48},
 }
 
 

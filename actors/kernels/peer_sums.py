@@ -1,0 +1,262 @@
+"""Sums and gathers over ranks that write into each other's memory: the collectives of tensor-parallel attention.
+
+Owns the layout of a rank's area, the order of calls, and that every wait ends: by arrival, by time, or because the host
+says so. Nothing waits for the host and no shape depends on data, so all of it can be captured and replayed. Knows
+nothing of how areas are mapped (`dispatch/peer_memory.py`). On a CPU, areas are those of threads of one process.
+
+Every rank makes the same calls with the same shapes in the same order. Calls are numbered on the device, and odd and
+even ones use different halves of each field: a rank at call n + 2 was answered in call n + 1 by all others, so that
+nobody reads what was sent in call n any more. Sums are in fp32 in one order and rounded once, so that all ranks get
+the same bits. After a wait that was given up no other waits, and results are garbage: see `PeerSums`.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from actors.kernels.norm import add_rms_norm
+from actors.kernels.triton_here import HAS_TRITON
+
+WORD_BYTES = 4  # of a tensor; it travels with the call's number, in one store, as 8 bytes
+SENT_BYTES = 8
+LINE_BYTES = 128
+PARITIES = 2
+
+SEQUENCE, FINISHED, BLAMED = 0, 1, 2
+"""Words of `PeerSums.state`: number of the last call; programs that are done with this one; 1 + who was given up."""
+
+ABORT, REPORTED = 0, 1
+"""Words of `PeerSums.host`: set by the host to end all waits; BLAMED, for the host to read."""
+
+GATHER_WORDS = 2048  # of one program
+POLL_S = 20e-6
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // LINE_BYTES) * LINE_BYTES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SumLayout:
+    """Byte offsets of the fields of an area, the same on every rank.
+
+    Rows of `hidden` elements of `dtype`: up to `whole_rows` at a time are sent whole to every rank (`whole`), up to
+    `sliced_rows` in slices, each summed by one rank (`slices`) and then sent to all (`sums`). Rows must divide into one
+    slice for the one, into `world` for the other. Gathers of up to
+    `gather_bytes` of each rank at a time are read from `gathered`, chunk by chunk as `gather_flags` say so.
+    """
+
+    world: int
+    hidden: int
+    dtype: torch.dtype
+    whole_rows: int
+    sliced_rows: int
+    gather_bytes: int
+
+    @property
+    def row_words(self) -> int:
+        return self.hidden * self.dtype.itemsize // WORD_BYTES
+
+    def divides_into(self, num_slices: int) -> bool:
+        """Whether rows are as many pairs of words for each of the slices: pairs are stored at once."""
+        return self.hidden * self.dtype.itemsize % (2 * WORD_BYTES * num_slices) == 0
+
+    @property
+    def gather_programs(self) -> int:
+        return -(-self.gather_bytes // (GATHER_WORDS * WORD_BYTES))
+
+    @property
+    def slices(self) -> int:
+        return _aligned(PARITIES * self.world * self.whole_rows * self.row_words * SENT_BYTES)  # `whole` is at 0
+
+    @property
+    def sums(self) -> int:
+        return self.slices + _aligned(PARITIES * self.sliced_rows * self.row_words * SENT_BYTES)
+
+    @property
+    def gathered(self) -> int:
+        return self.sums + _aligned(PARITIES * self.sliced_rows * self.row_words * SENT_BYTES)
+
+    @property
+    def gather_flags(self) -> int:
+        return self.gathered + _aligned(PARITIES * self.gather_bytes)
+
+    @property
+    def blame(self) -> int:
+        return self.gather_flags + _aligned(PARITIES * self.world * self.gather_programs * SENT_BYTES)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.blame + LINE_BYTES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerSums:
+    """One rank's end of it. `rank` is its index among those that sum, and in all that is ordered by rank here.
+
+    `buffers[rank]`: uint8 [layout.num_bytes], zeros at first; `bases`: their addresses, int64 [world], on the device.
+    `state`: int64 [3] on the device, zeros at first. `host`: int64 [2], zeros at first, in memory that host and device
+    reach.
+    """
+
+    layout: SumLayout
+    rank: int
+    buffers: tuple[Tensor, ...]
+    bases: Tensor
+    state: Tensor
+    host: Tensor
+    timeout_s: float
+
+    @property
+    def given_up(self) -> int | None:
+        """The rank that a wait was given up for, if one was. What the device does now may not be seen yet."""
+        reported = int(self.host[REPORTED])
+        return reported - 1 if reported else None
+
+    def abort(self) -> None:
+        """Ends all waits, those on the device within microseconds. From any thread; for good."""
+        self.host[ABORT] = 1
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of one call of the sums."""
+        return max(self.layout.whole_rows, self.layout.sliced_rows)
+
+
+def all_reduce_rows(peers: PeerSums, parts: Sequence[Tensor]) -> Tensor:
+    """[T, D]: the sum over all ranks of the sum of their `parts` (one or two [T, D], contiguous rows; the sum of two is
+    rounded before it is sent). T is from 1 to `max_rows`. Raises ValueError.
+    """
+    _check_rows(peers, parts)
+    if parts[0].is_cuda and HAS_TRITON:
+        from actors.kernels import peer_sums_triton
+
+        return peer_sums_triton.sum_rows(peers, parts)
+    return _sum(peers, parts)
+
+
+def add_all_reduced_rows(peers: PeerSums, h_TD: Tensor, parts: Sequence[Tensor]) -> None:
+    """h += what `all_reduce_rows` returns, which is rounded before it is added."""
+    _check_rows(peers, parts)
+    if h_TD.is_cuda and HAS_TRITON:
+        from actors.kernels import peer_sums_triton
+
+        peer_sums_triton.add_rows(peers, h_TD, parts)
+    else:
+        h_TD.add_(_sum(peers, parts))
+
+
+def add_all_reduced_rms_norm(
+    peers: PeerSums, h_TD: Tensor, parts: Sequence[Tensor], weight_D: Tensor, eps: float
+) -> Tensor:
+    """`add_all_reduced_rows`, then rms_norm(h) * weight, [T, D], as `kernels/norm.py` has it."""
+    _check_rows(peers, parts)
+    if h_TD.is_cuda and HAS_TRITON:
+        from actors.kernels import peer_sums_triton
+
+        return peer_sums_triton.add_rms_norm_rows(peers, h_TD, parts, weight_D, eps)
+    return add_rms_norm(h_TD, (_sum(peers, parts),), weight_D, eps)
+
+
+def gather_columns(peers: PeerSums, x_BV: Tensor) -> Tensor:
+    """[B, world * V], rank r's columns from r * V on. Rows that are too many for one call go in several.
+
+    x_BV is contiguous, its rows are whole words and fit `gather_bytes`, and it has the same shape on all ranks.
+    """
+    row_bytes, layout = x_BV.shape[1] * x_BV.element_size(), peers.layout
+    if not x_BV.is_contiguous() or row_bytes % WORD_BYTES or not 0 < row_bytes <= layout.gather_bytes:
+        raise ValueError(f"rows of {row_bytes} bytes cannot be gathered through {layout.gather_bytes}")
+    out_BV = x_BV.new_empty(x_BV.shape[0], layout.world * x_BV.shape[1])
+    step = layout.gather_bytes // row_bytes
+    for first in range(0, x_BV.shape[0], step):
+        rows_BV, into_BV = x_BV[first : first + step], out_BV[first : first + step]
+        if x_BV.is_cuda and HAS_TRITON:
+            from actors.kernels import peer_sums_triton
+
+            peer_sums_triton.gather(peers, rows_BV, into_BV)
+        else:
+            _gather(peers, rows_BV, into_BV)
+    return out_BV
+
+
+def _check_rows(peers: PeerSums, parts: Sequence[Tensor]) -> None:
+    layout = peers.layout
+    shape, dtype = parts[0].shape, parts[0].dtype
+    if not 0 < len(parts) <= 2 or any(part.shape != shape or part.dtype != dtype for part in parts):
+        raise ValueError("one or two parts of the same shape are summed")
+    if not 0 < shape[0] <= peers.max_rows or shape[1] != layout.hidden or dtype != layout.dtype:
+        raise ValueError(f"{list(shape)} of {dtype} does not fit an area of {peers.max_rows} rows of {layout.hidden}")
+
+
+# --- the references: what the kernels mean, over memory of this process ---------------------------------------------
+
+
+def _sum(peers: PeerSums, parts: Sequence[Tensor]) -> Tensor:
+    """Everything is sent whole, a row's bytes before its number."""
+    layout, x_TD = peers.layout, parts[0] if len(parts) == 1 else parts[0] + parts[1]
+    sequence = int(peers.state[SEQUENCE]) + 1
+    num_rows, capacity = x_TD.shape[0], max(layout.whole_rows, layout.sliced_rows)
+    half = sequence % PARITIES * layout.gather_bytes  # of the gather's room, which the reference uses for all
+    own = peers.buffers[peers.rank]
+    row_bytes = layout.row_words * WORD_BYTES
+    if capacity * row_bytes > layout.gather_bytes:
+        raise ValueError("the reference sums through the room of gathers, which is too small for these rows")
+    own[layout.gathered + half :][: num_rows * row_bytes].view(layout.dtype).view(num_rows, -1).copy_(x_TD)
+    _announce(peers, sequence)
+    _await_all(peers, sequence)
+    terms = [
+        buffer[layout.gathered + half :][: num_rows * row_bytes].view(layout.dtype).view(num_rows, -1)
+        for buffer in peers.buffers
+    ]
+    total_TD = terms[0].float()
+    for term_TD in terms[1:]:
+        total_TD = total_TD + term_TD.float()
+    peers.state[SEQUENCE] = sequence
+    return total_TD.to(layout.dtype)
+
+
+def _gather(peers: PeerSums, x_BV: Tensor, out_BV: Tensor) -> None:
+    layout, sequence = peers.layout, int(peers.state[SEQUENCE]) + 1
+    half, num_bytes = sequence % PARITIES * layout.gather_bytes, x_BV.numel() * x_BV.element_size()
+    own = peers.buffers[peers.rank]
+    own[layout.gathered + half :][:num_bytes].view(x_BV.dtype).view(x_BV.shape).copy_(x_BV)
+    _announce(peers, sequence)
+    _await_all(peers, sequence)
+    for rank, buffer in enumerate(peers.buffers):
+        columns = slice(rank * x_BV.shape[1], (rank + 1) * x_BV.shape[1])
+        out_BV[:, columns] = buffer[layout.gathered + half :][:num_bytes].view(x_BV.dtype).view(x_BV.shape)
+    peers.state[SEQUENCE] = sequence
+
+
+def _flag(buffer: Tensor, sequence: int, layout: SumLayout, rank: int) -> Tensor:
+    """The word that says at which call `rank` is, among those of this parity."""
+    first = layout.gather_flags + (sequence % PARITIES * layout.world + rank) * layout.gather_programs * SENT_BYTES
+    return buffer[first : first + SENT_BYTES].view(torch.int64)
+
+
+def _announce(peers: PeerSums, sequence: int) -> None:
+    for buffer in peers.buffers:
+        _flag(buffer, sequence, peers.layout, peers.rank)[0] = sequence
+
+
+def _await_all(peers: PeerSums, sequence: int) -> None:
+    own, layout = peers.buffers[peers.rank], peers.layout
+    ends_s = time.monotonic() + peers.timeout_s
+    for rank in range(layout.world):
+        while int(_flag(own, sequence, layout, rank)[0]) != sequence:
+            told = int(own[layout.blame : layout.blame + SENT_BYTES].view(torch.int64)[0])
+            if peers.state[BLAMED] or peers.host[ABORT] or told or time.monotonic() > ends_s:
+                _give_up(peers, told or rank + 1)
+                return
+            time.sleep(POLL_S)
+
+
+def _give_up(peers: PeerSums, blame: int) -> None:
+    """Later calls do not wait, and the others learn of it."""
+    if not peers.state[BLAMED]:
+        peers.state[BLAMED] = peers.host[REPORTED] = blame
+        for buffer in peers.buffers:
+            buffer[peers.layout.blame : peers.layout.blame + SENT_BYTES].view(torch.int64)[0] = blame

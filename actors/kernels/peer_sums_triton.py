@@ -1,0 +1,400 @@
+"""The Triton form of `peer_sums.py`: one program per row, words that carry the call's number beside their data.
+
+Owns the order of memory. Of a sum, 4 bytes of data and the call's number are one store of 8 bytes, which arrives whole:
+a reader that sees the number has the data, and no fence is needed. Of a gather, chunks are read from their owner after
+a flag, stored with release and read with acquire semantics at system scope. Needs GPUs that reach each other's memory
+(NVLink); never uses multicast. Needs Triton: imported only where it is installed.
+
+All threads of a program must leave a loop together where barriers follow in it: what decides is reduced over a tensor
+that all of them have a part of, never a scalar that each has read for itself.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from actors.kernels.peer_sums import (
+    ABORT,
+    BLAMED,
+    FINISHED,
+    GATHER_WORDS,
+    REPORTED,
+    SEQUENCE,
+    PeerSums,
+)
+
+_SEQUENCE = tl.constexpr(SEQUENCE)
+_FINISHED = tl.constexpr(FINISHED)
+_BLAMED = tl.constexpr(BLAMED)
+_ABORT = tl.constexpr(ABORT)
+_REPORTED = tl.constexpr(REPORTED)
+_POLLS_PER_LOOK = tl.constexpr(64)  # at the clock and at the host's word, which is across PCIe
+
+_VECTOR_BYTES = 16
+_WARPS_WHOLE, _WARPS_SLICED, _WARPS_GATHER = 16, 8, 8
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _now_ns(lanes):
+    """The clock, as each thread reads it; `lanes` are zeros, int64."""
+    return tl.inline_asm_elementwise(
+        "{ mov.u64 $0, %globaltimer; add.u64 $0, $0, $1; }", "=l,l", [lanes], dtype=tl.int64, is_pure=False, pack=1
+    )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _low(words, DTYPE: tl.constexpr):
+    """fp32 of the elements in the low half of each word; of fp32 words, the words."""
+    if tl.float32 == DTYPE:
+        return words.to(tl.float32, bitcast=True)
+    return (words & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _high(words, DTYPE: tl.constexpr):
+    """fp32 of the elements in the high half of each word; zeros of fp32 words."""
+    if tl.float32 == DTYPE:
+        return words.to(tl.float32) * 0.0
+    return ((words >> 16) & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _packed(low, high, DTYPE: tl.constexpr):
+    """Words of fp32 pairs, each rounded."""
+    if tl.float32 == DTYPE:
+        return low.to(tl.int32, bitcast=True)
+    lower = low.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return lower | (high.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _part_words(a, b, at, b_at, inside, TWO: tl.constexpr, DTYPE: tl.constexpr):
+    """The words of a row that this rank brings: a, or a + b rounded."""
+    words = tl.load(a + at, mask=inside, other=0)
+    if TWO:
+        more = tl.load(b + b_at, mask=inside, other=0)
+        words = _packed(_low(words, DTYPE) + _low(more, DTYPE), _high(words, DTYPE) + _high(more, DTYPE), DTYPE)
+    return words
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _send(bases, peer, at_bytes, words, columns, inside, number):
+    """Stores words, each beside the call's number, into the area of `peer` from byte `at_bytes` on."""
+    address = tl.load(bases + peer) + at_bytes
+    target = tl.multiple_of(address.to(tl.pointer_type(tl.int64)), 16)
+    sent = (number.to(tl.int64) << 32) | (words.to(tl.int64) & 0xFFFFFFFF)
+    tl.store(target + columns, sent, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _is_dead(lanes, state):
+    """Whether an earlier wait was given up, the same for all threads. `lanes` has one zero for each of them."""
+    return tl.max((tl.load(state + _BLAMED + lanes, volatile=True) != 0).to(tl.int32), axis=0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _is_over(lanes, began_ns, state, host, told, timeout_ns, IS_TIMED: tl.constexpr):
+    """Whether to give up, the same for all threads. `lanes` has one zero for each of them."""
+    over = tl.load(state + _BLAMED + lanes, volatile=True) != 0
+    over = over | (tl.load(host + _ABORT + lanes, volatile=True) != 0)
+    over = over | (tl.load(told + lanes, volatile=True) != 0)
+    is_late = lanes == 0  # interpreted, programs run one after another, so nobody can be waited for
+    if IS_TIMED:
+        is_late = _now_ns(lanes) - began_ns > timeout_ns
+    return tl.max((over | is_late).to(tl.int32), axis=0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _blame(rank, state, host, told, bases, at_told, WORLD: tl.constexpr):
+    """Ends all waits of this rank, and those of the others by their word: for `rank`, or for whom it was told of."""
+    heard = tl.load(told, volatile=True)
+    blamed = tl.where(heard != 0, heard, rank.to(tl.int64) + 1)
+    if tl.atomic_cas(state + _BLAMED, blamed * 0, blamed) == 0:
+        tl.store(host + _REPORTED, blamed)
+        for peer in tl.static_range(WORLD):
+            tl.store((tl.load(bases + peer) + at_told).to(tl.pointer_type(tl.int64)), blamed)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _receive(
+    at, present, number, state, host, bases, rank, at_told, timeout_ns, WORLD: tl.constexpr,
+    WORLD_BLOCK: tl.constexpr, LANES: tl.constexpr, IS_TIMED: tl.constexpr,
+):  # fmt: skip
+    """int32 [WORLD_BLOCK, BLOCK]: words at `at`, once all have come with the call's number."""
+    told = (tl.load(bases + rank) + at_told).to(tl.pointer_type(tl.int64))
+    expected = number.to(tl.int64) << 32
+    arrived = tl.load(at, mask=present, other=expected, volatile=True)
+    missing = tl.max(((arrived >> 32).to(tl.int32) != number).to(tl.int32))
+    if missing != 0:
+        lanes = tl.arange(0, LANES).to(tl.int64) * 0
+        is_over = _is_dead(lanes, state)
+        began_ns = lanes
+        if IS_TIMED:
+            began_ns = _now_ns(lanes)
+        polls = 0
+        while (missing != 0) & (is_over == 0):
+            arrived = tl.load(at, mask=present, other=expected, volatile=True)
+            missing = tl.max(((arrived >> 32).to(tl.int32) != number).to(tl.int32))
+            polls += 1
+            if polls % (_POLLS_PER_LOOK if IS_TIMED else 1) == 0:
+                is_over = _is_over(lanes, began_ns, state, host, told, timeout_ns, IS_TIMED)
+        if missing != 0:
+            late = tl.max(((arrived >> 32).to(tl.int32) != number).to(tl.int32), axis=1)
+            sources = tl.arange(0, WORLD_BLOCK)
+            _blame(tl.min(tl.where(late != 0, sources, WORLD), axis=0), state, host, told, bases, at_told, WORLD)
+    return arrived.to(tl.int32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _close(state, sequence):
+    """The last program to end counts the call."""
+    tl.debug_barrier()
+    finished = tl.atomic_add(state + _FINISHED, sequence * 0 + 1, sem="acq_rel")
+    if finished == tl.num_programs(0) - 1:
+        tl.store(state + _FINISHED, sequence * 0)
+        tl.store(state + _SEQUENCE, sequence)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _finish_row(
+    low, high, h, out, weight, h_at, out_at, columns, inside, eps, WIDTH: tl.constexpr, DTYPE: tl.constexpr,
+    ADDS: tl.constexpr, NORMS: tl.constexpr,
+):  # fmt: skip
+    """What becomes of a row's sum, which is rounded already: stored, added to h, or added and normed."""
+    if not ADDS:
+        tl.store(out + out_at, _packed(low, high, DTYPE), mask=inside)
+    else:
+        words = tl.load(h + h_at, mask=inside, other=0)
+        words = _packed(_low(words, DTYPE) + low, _high(words, DTYPE) + high, DTYPE)
+        tl.store(h + h_at, words, mask=inside)
+        if NORMS:
+            low = tl.where(inside, _low(words, DTYPE), 0.0)
+            high = tl.where(inside, _high(words, DTYPE), 0.0)
+            scale = tl.rsqrt(tl.sum(low * low + high * high) / WIDTH + eps)
+            words = _packed(low * scale, high * scale, DTYPE)
+            weights = tl.load(weight + columns, mask=inside, other=0)
+            words = _packed(
+                _low(words, DTYPE) * _low(weights, DTYPE), _high(words, DTYPE) * _high(weights, DTYPE), DTYPE
+            )
+            tl.store(out + out_at, words, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _total(words, present, DTYPE: tl.constexpr):
+    """int32 [BLOCK]: the sums over ranks, rounded, as words."""
+    low = tl.sum(tl.where(present, _low(words, DTYPE), 0.0), axis=0)
+    high = tl.sum(tl.where(present, _high(words, DTYPE), 0.0), axis=0)
+    return _packed(low, high, DTYPE)
+
+
+@triton.jit(do_not_specialize=["rank", "timeout_ns"])  # type: ignore[untyped-decorator]
+def _sum_whole_kernel(
+    a, b, h, out, weight, bases, state, host, timeout_ns, rank, eps, a_stride, b_stride, h_stride, out_stride,
+    at_told, CAPACITY: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, WORLD: tl.constexpr,
+    WORLD_BLOCK: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr, TWO: tl.constexpr, ADDS: tl.constexpr,
+    NORMS: tl.constexpr, LANES: tl.constexpr, IS_TIMED: tl.constexpr,
+):  # fmt: skip
+    """One program per row: sends it whole to every rank, and sums what comes."""
+    row = tl.program_id(0).to(tl.int64)
+    sequence = tl.load(state + _SEQUENCE) + 1
+    number = sequence.to(tl.int32)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < WORDS
+    words = _part_words(a, b, row * a_stride + columns, row * b_stride + columns, inside, TWO, DTYPE)
+    half = (sequence & 1) * WORLD
+    for peer in tl.static_range(WORLD):
+        _send(bases, peer, ((half + rank) * CAPACITY + row) * (WORDS * 8), words, columns, inside, number)
+    sources = tl.arange(0, WORLD_BLOCK)
+    present = (sources < WORLD)[:, None] & inside[None, :]
+    own = (tl.load(bases + rank) + (half * CAPACITY + row) * (WORDS * 8)).to(tl.pointer_type(tl.int64))
+    at = tl.multiple_of(own, 16) + sources[:, None].to(tl.int64) * (CAPACITY * WORDS) + columns[None, :]
+    arrived = _receive(
+        at, present, number, state, host, bases, rank, at_told, timeout_ns, WORLD, WORLD_BLOCK, LANES, IS_TIMED
+    )
+    total = _total(arrived, present, DTYPE)
+    _finish_row(
+        _low(total, DTYPE), _high(total, DTYPE), h, out, weight, row * h_stride + columns, row * out_stride + columns,
+        columns, inside, eps, WIDTH, DTYPE, ADDS, NORMS,
+    )  # fmt: skip
+    _close(state, sequence)
+
+
+@triton.jit(do_not_specialize=["rank", "timeout_ns"])  # type: ignore[untyped-decorator]
+def _sum_sliced_kernel(
+    a, b, h, out, weight, bases, state, host, timeout_ns, rank, eps, a_stride, b_stride, h_stride, out_stride,
+    at_told, at_slices, at_sums, CAPACITY: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
+    WORLD: tl.constexpr, WORLD_BLOCK: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr, TWO: tl.constexpr,
+    ADDS: tl.constexpr, NORMS: tl.constexpr, LANES: tl.constexpr, IS_TIMED: tl.constexpr,
+):  # fmt: skip
+    """One program per row: sends each rank its slice of the row, sums its own slice, sends that to every rank.
+
+    WORDS are of a slice.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    sequence = tl.load(state + _SEQUENCE) + 1
+    number = sequence.to(tl.int32)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < WORDS
+    half = (sequence & 1) * WORLD
+    sent_at = ((half + rank) * CAPACITY + row) * (WORDS * 8)
+    for step in tl.static_range(WORLD):
+        peer = (rank + 1 + step) % WORLD  # all begin with another one
+        first = peer * WORDS
+        words = _part_words(
+            a, b, row * a_stride + first + columns, row * b_stride + first + columns, inside, TWO, DTYPE
+        )
+        _send(bases, peer, at_slices + sent_at, words, columns, inside, number)
+    sources = tl.arange(0, WORLD_BLOCK)
+    present = (sources < WORLD)[:, None] & inside[None, :]
+    places = sources[:, None].to(tl.int64) * (CAPACITY * WORDS) + columns[None, :]
+    own = tl.load(bases + rank) + (half * CAPACITY + row) * (WORDS * 8)
+    at = tl.multiple_of((own + at_slices).to(tl.pointer_type(tl.int64)), 16) + places
+    arrived = _receive(
+        at, present, number, state, host, bases, rank, at_told, timeout_ns, WORLD, WORLD_BLOCK, LANES, IS_TIMED
+    )
+    total = _total(arrived, present, DTYPE)
+    for step in tl.static_range(WORLD):
+        _send(bases, (rank + 1 + step) % WORLD, at_sums + sent_at, total, columns, inside, number)
+    at = tl.multiple_of((own + at_sums).to(tl.pointer_type(tl.int64)), 16) + places
+    arrived = _receive(
+        at, present, number, state, host, bases, rank, at_told, timeout_ns, WORLD, WORLD_BLOCK, LANES, IS_TIMED
+    )
+    row_columns = sources[:, None] * WORDS + columns[None, :]
+    _finish_row(
+        _low(arrived, DTYPE), _high(arrived, DTYPE), h, out, weight, row * h_stride + row_columns,
+        row * out_stride + row_columns, row_columns, present, eps, WIDTH, DTYPE, ADDS, NORMS,
+    )  # fmt: skip
+    _close(state, sequence)
+
+
+@triton.jit(do_not_specialize=["rank", "timeout_ns"])  # type: ignore[untyped-decorator]
+def _gather_kernel(
+    x, out, bases, state, host, timeout_ns, rank, num_words, row_words, at_gathered, at_flags, at_told,
+    HALF_BYTES: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, WORLD: tl.constexpr,
+    WORLD_BLOCK: tl.constexpr, LANES: tl.constexpr, IS_TIMED: tl.constexpr,
+):  # fmt: skip
+    """One program per chunk of this rank's words: shows it, and copies the same chunk of all ranks."""
+    program = tl.program_id(0)
+    sequence = tl.load(state + _SEQUENCE) + 1
+    parity = sequence & 1
+    lanes = tl.arange(0, LANES).to(tl.int64) * 0
+    at = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < num_words
+    shown = at_gathered + parity * HALF_BYTES
+    own = tl.multiple_of((tl.load(bases + rank) + shown).to(tl.pointer_type(tl.int32)), 16)
+    tl.store(own + at, tl.load(x + at, mask=inside, other=0), mask=inside)
+    tl.debug_barrier()
+    ranks = tl.arange(0, WORLD_BLOCK)
+    is_one = ranks < WORLD
+    flag_at = at_flags + (parity * WORLD * PROGRAMS + program) * 8
+    peers = tl.load(bases + ranks, mask=is_one, other=0) + flag_at + rank * (PROGRAMS * 8)
+    tl.atomic_xchg(peers.to(tl.pointer_type(tl.int64)), sequence + ranks * 0, mask=is_one, sem="release", scope="sys")
+    told = (tl.load(bases + rank) + at_told).to(tl.pointer_type(tl.int64))
+    for source in tl.static_range(WORLD):
+        flag = (tl.load(bases + rank) + flag_at + source * (PROGRAMS * 8)).to(tl.pointer_type(tl.int64))
+        began_ns = lanes
+        if IS_TIMED:
+            began_ns = _now_ns(lanes)
+        is_over = _is_dead(lanes, state)
+        missing = tl.max((tl.load(flag + lanes, volatile=True) != sequence).to(tl.int32), axis=0)
+        polls = 0
+        while (missing != 0) & (is_over == 0):
+            missing = tl.max((tl.load(flag + lanes, volatile=True) != sequence).to(tl.int32), axis=0)
+            polls += 1
+            if polls % (_POLLS_PER_LOOK if IS_TIMED else 1) == 0:
+                is_over = _is_over(lanes, began_ns, state, host, told, timeout_ns, IS_TIMED)
+        if missing != 0:
+            _blame(rank * 0 + source, state, host, told, bases, at_told, WORLD)
+        tl.atomic_add(flag, sequence * 0, sem="acquire", scope="sys")
+        tl.debug_barrier()
+        theirs = tl.multiple_of((tl.load(bases + source) + shown).to(tl.pointer_type(tl.int32)), 16)
+        words = tl.load(theirs + at, mask=inside, other=0, cache_modifier=".cv")
+        into = at // row_words * (row_words * WORLD) + source * row_words + at % row_words
+        tl.store(out + into, words, mask=inside)
+    _close(state, sequence)
+
+
+# --- launching ------------------------------------------------------------------------------------------------------
+
+_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+def sum_rows(peers: PeerSums, parts: Sequence[Tensor]) -> Tensor:
+    """See `peer_sums.all_reduce_rows`."""
+    out_TD = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
+    _launch_sum(peers, parts, None, out_TD, None, 0.0)
+    return out_TD
+
+
+def add_rows(peers: PeerSums, h_TD: Tensor, parts: Sequence[Tensor]) -> None:
+    """See `peer_sums.add_all_reduced_rows`."""
+    _launch_sum(peers, parts, h_TD, None, None, 0.0)
+
+
+def add_rms_norm_rows(peers: PeerSums, h_TD: Tensor, parts: Sequence[Tensor], weight_D: Tensor, eps: float) -> Tensor:
+    """See `peer_sums.add_all_reduced_rms_norm`."""
+    out_TD = torch.empty_like(h_TD, memory_format=torch.contiguous_format)
+    _launch_sum(peers, parts, h_TD, out_TD, weight_D, eps)
+    return out_TD
+
+
+def gather(peers: PeerSums, x_BV: Tensor, out_BV: Tensor) -> None:
+    """One call of `peer_sums.gather_columns`; both are contiguous."""
+    layout = peers.layout
+    x_words, out_words = x_BV.view(torch.int32), out_BV.view(torch.int32)
+    num_words = x_words.numel()
+    _gather_kernel[(triton.cdiv(num_words, GATHER_WORDS),)](
+        x_words, out_words, peers.bases, peers.state, peers.host, _timeout_ns(peers), peers.rank, num_words,
+        x_words.shape[1], layout.gathered, layout.gather_flags, layout.blame, HALF_BYTES=layout.gather_bytes,
+        PROGRAMS=layout.gather_programs, BLOCK=GATHER_WORDS, WORLD=layout.world,
+        WORLD_BLOCK=triton.next_power_of_2(layout.world), LANES=32 * _WARPS_GATHER, IS_TIMED=x_BV.is_cuda,
+        num_warps=_WARPS_GATHER,
+    )  # fmt: skip
+
+
+def _launch_sum(
+    peers: PeerSums, parts: Sequence[Tensor], h_TD: Tensor | None, out_TD: Tensor | None, weight_D: Tensor | None,
+    eps: float,
+) -> None:  # fmt: skip
+    layout, num_rows = peers.layout, parts[0].shape[0]
+    a = _as_words(parts[0])
+    b, h, out = (a if x is None else _as_words(x) for x in (parts[1] if len(parts) > 1 else None, h_TD, out_TD))
+    weight = a if weight_D is None else weight_D.view(torch.int32)
+    is_whole = num_rows <= layout.whole_rows
+    words = layout.row_words if is_whole else layout.row_words // layout.world
+    warps = _WARPS_WHOLE if is_whole else _WARPS_SLICED
+    pointers = (
+        a, b, h, out, weight, peers.bases, peers.state, peers.host, _timeout_ns(peers), peers.rank, eps, a.stride(0),
+        b.stride(0), h.stride(0), out.stride(0), layout.blame,
+    )  # fmt: skip
+    options = {
+        "CAPACITY": layout.whole_rows if is_whole else layout.sliced_rows,
+        "WORDS": words,
+        "BLOCK": triton.next_power_of_2(words),
+        "WORLD": layout.world,
+        "WORLD_BLOCK": triton.next_power_of_2(layout.world),
+        "WIDTH": layout.hidden,
+        "DTYPE": _DTYPES[layout.dtype],
+        "TWO": len(parts) > 1,
+        "ADDS": h_TD is not None,
+        "NORMS": weight_D is not None,
+        "LANES": 32 * warps,
+        "IS_TIMED": a.is_cuda,
+        "num_warps": warps,
+    }
+    if is_whole:
+        _sum_whole_kernel[(num_rows,)](*pointers, **options)
+    else:
+        _sum_sliced_kernel[(num_rows,)](*pointers, layout.slices, layout.sums, **options)
+
+
+def _as_words(x_TD: Tensor) -> Tensor:
+    """int32 [T, words]. Rows are contiguous and begin at whole words."""
+    return x_TD.view(torch.int32)
+
+
+def _timeout_ns(peers: PeerSums) -> int:
+    return int(peers.timeout_s * 1e9)
