@@ -57,6 +57,7 @@ class CollectiveDispatch:
         shape: TokenShape,
         inline_bytes: int | None = None,
     ) -> None:
+        self.is_capturable = False
         expert_ranks = set(routing.ranks_MER.flatten().tolist())
         self._members = Membership(
             rank=group.rank,

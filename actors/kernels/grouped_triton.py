@@ -128,7 +128,8 @@ def grouped_kernel(
         rows_o = tl.where(i < FEATURES, feature, feature + num_features)
     else:
         rows_o = tl.minimum(tile_o * BLOCK_O + tl.arange(0, BLOCK_O), outputs - 1)
-    rows_t = tl.minimum(begin + tl.arange(0, BLOCK_T), end - 1)
+    rows_t = begin + tl.arange(0, BLOCK_T)
+    here = rows_t < end
     w_slot = w_ptr + tl.cast(slot, tl.int64) * outputs * stored_inputs
     x_rows = x_ptr + rows_t[None, :].to(tl.int64) * inputs
     acc = tl.zeros((BLOCK_O, BLOCK_T), tl.float32)
@@ -145,7 +146,7 @@ def grouped_kernel(
         scale = tl.load(scale_at + first)
         for step in range(first, last):
             words = tl.load(w_at + step * GROUP_WORDS)
-            x = tl.load(x_at + step * GROUP)
+            x = tl.load(x_at + step * GROUP, mask=here[None, :], other=0.0)
             ahead = tl.load(scale_at + tl.minimum(step + 1, num_groups - 1))
             w = group_in_word_order(words, x_ptr.dtype.element_ty, IN_ASM, BLOCK_O)
             acc += tl.dot(w, x, input_precision="ieee") * scale.to(tl.float32)[:, None]
@@ -157,18 +158,18 @@ def grouped_kernel(
         for step in range(first, last):
             if EVEN_I:
                 w = tl.load(w_at + step * BLOCK_I)
-                x = tl.load(x_at + step * BLOCK_I)
+                x = tl.load(x_at + step * BLOCK_I, mask=here[None, :], other=0.0)
             else:
                 inside = step * BLOCK_I + i < inputs
                 w = tl.load(w_at + step * BLOCK_I, mask=inside[None, :], other=0.0)
-                x = tl.load(x_at + step * BLOCK_I, mask=inside[:, None], other=0.0)
+                x = tl.load(x_at + step * BLOCK_I, mask=inside[:, None] & here[None, :], other=0.0)
             if FORM == FP8:  # tensor cores sum fp8 products in few bits: not for longer than a block
                 acc += tl.dot(w, x)
             else:
                 acc = tl.dot(w, x, acc, input_precision="ieee")
         if FORM == FP8:
             w_scale = tl.load(w_scale_ptr + tl.cast(slot, tl.int64) * outputs + rows_o)
-            acc = acc * w_scale[:, None] * tl.load(x_scale_ptr + rows_t)[None, :]
+            acc = acc * w_scale[:, None] * tl.load(x_scale_ptr + rows_t, mask=here, other=0.0)[None, :]
 
     tokens = (begin + tl.arange(0, BLOCK_T)).to(tl.int64)
     features = tile_o * FEATURES + tl.arange(0, FEATURES)

@@ -4,7 +4,8 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import pytest
@@ -42,7 +43,7 @@ class Rank:
 
     def __init__(self, rank: int, endpoint: str) -> None:
         self.rank, self.epoch = rank, 1
-        device = torch.device("cuda", rank)
+        device = torch.device("cuda", rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
         self.shape = TokenShape(hidden=5120, experts_per_token=1, dtype=torch.bfloat16, device=device)
         self.group = EpochGroup(device, ADDRESS)
@@ -86,16 +87,21 @@ def work(main: Callable[..., Any], rank: int, names: tuple[str, ...], endpoint: 
         raise
 
 
-def on_all(main: Callable[..., Any], *names: str, but: tuple[int, ...] = ()) -> dict[int, Any]:
-    """What `main` returns on every rank but those; the others may end as they like."""
+def on_all(
+    main: Callable[..., Any], *names: str, but: tuple[int, ...] = (), visible: Sequence[str] = ()
+) -> dict[int, Any]:
+    """What `main` returns on every rank but those; the others may end as they like. `visible`: devices of each."""
     store = RendezvousStore(ADDRESS)
     store.start()
     context = mp.get_context("spawn")
     results = context.Queue()
     world = LAYOUTS[names[0]].world
     processes = [context.Process(target=work, args=(main, r, names, store.endpoint, results)) for r in range(world)]
-    for process in processes:
-        process.start()
+    with pytest.MonkeyPatch.context() as patch:
+        for process, devices in zip_longest(processes, visible):
+            if devices is not None:
+                patch.setenv("CUDA_VISIBLE_DEVICES", devices)
+            process.start()
     found: dict[int, Any] = {}
     try:
         while len(found.keys() - set(but)) < world - len(but):
@@ -169,6 +175,11 @@ def test_equals_what_is_expected_and_the_collective(world: int) -> None:
     assert on_all(equal_all, *names) == dict.fromkeys(range(world), True)
 
 
+@needs(2)
+def test_ranks_that_see_one_device_each() -> None:
+    assert on_all(equal_all, "1A+1E", visible=("0", "1")) == {0: True, 1: True}
+
+
 def survive(me: Rank, layout: Layout) -> tuple[int, float]:
     """Rank 1 dies between two steps; rank 0 tells whom it blames and after how long, and goes on by itself."""
     dispatch = me.join(layout, timeout_s=1.0)
@@ -209,4 +220,4 @@ def go_on_alone(me: Rank) -> None:
 def test_a_peer_that_dies_is_named_and_its_memory_may_be_written_to(name: str) -> None:
     blamed, took_s = on_all(survive, name, but=(1,))[0]
     print(f"\n{name}: rank {blamed} was named {took_s:.2f} s after the step began (timeout 1 s)")
-    assert blamed == 1 and took_s < 2.5
+    assert blamed == 1 and took_s < 3.5

@@ -19,6 +19,7 @@ from actors.kernels.peer_sums import BLAMED, SEQUENCE, PeerSums, SumLayout
 from actors.kernels.triton_here import HAS_TRITON
 
 WORLD = 3
+HIDDEN = 36
 ROUNDS = 3  # a sliced sum is sent in two steps, and received in a third
 
 
@@ -73,45 +74,58 @@ def run(ranks: list[PeerSums], call: Callable[[PeerSums], Tensor]) -> list[Tenso
 
 
 def check_sums(dtype: torch.dtype, whole_rows: int) -> None:
+    ranks = make_ranks(dtype, HIDDEN, whole_rows)
+    for seed in range(2):  # both halves of the areas
+        torch.manual_seed(seed)
+        a, b = (torch.randn(WORLD, 2, HIDDEN).to(dtype) for _ in range(2))
+        check_reduce(ranks, a, b)
+        check_norm(ranks, a, torch.randn(2, HIDDEN).to(dtype), torch.randn(HIDDEN).to(dtype))
+
+
+def check_reduce(ranks: list[PeerSums], a: Tensor, b: Tensor) -> None:
     from actors.kernels import peer_sums_triton
 
-    hidden, num_rows = 36, 2
-    ranks = make_ranks(dtype, hidden, whole_rows)
-    weight, h = torch.randn(hidden).to(dtype), torch.randn(num_rows, hidden).to(dtype)
-    for call in range(2):  # both halves of the areas
-        torch.manual_seed(call)
-        a, b = (torch.randn(WORLD, num_rows, hidden).to(dtype) for _ in range(2))
-        total = (a + b).float()
-        total = (total[0] + total[1] + total[2]).to(dtype)
-        for each in run(ranks, lambda peers: peer_sums_triton.sum_rows(peers, (a[peers.rank], b[peers.rank]))):
-            assert torch.equal(each, total)
-        residuals = [h.clone() for _ in range(WORLD)]
+    total = ordered_sum(a + b)
+    for each in run(ranks, lambda peers: peer_sums_triton.sum_rows(peers, (a[peers.rank], b[peers.rank]))):
+        torch.testing.assert_close(each, total)
 
-        def norm(peers: PeerSums) -> Tensor:
-            residuals[peers.rank].copy_(h)
-            return peer_sums_triton.add_rms_norm_rows(peers, residuals[peers.rank], (a[peers.rank],), weight, 1e-5)
 
-        total = (a[0].float() + a[1].float() + a[2].float()).to(dtype)
-        expected = add_rms_norm(expected_h := h + total, (), weight, 1e-5)
-        for each, residual in zip(run(ranks, norm), residuals, strict=True):
-            assert torch.equal(residual, expected_h)
-            torch.testing.assert_close(each, expected, rtol=0, atol=2e-5 if dtype == torch.float32 else 4e-3)
+def check_norm(ranks: list[PeerSums], a: Tensor, h: Tensor, weight: Tensor) -> None:
+    from actors.kernels import peer_sums_triton
+
+    residuals = [h.clone() for _ in range(WORLD)]
+
+    def norm(peers: PeerSums) -> Tensor:
+        residuals[peers.rank].copy_(h)
+        return peer_sums_triton.add_rms_norm_rows(peers, residuals[peers.rank], (a[peers.rank],), weight, 1e-5)
+
+    expected_h = h + ordered_sum(a)
+    expected = add_rms_norm(expected_h.clone(), (), weight, 1e-5)
+    for each, residual in zip(run(ranks, norm), residuals, strict=True):
+        torch.testing.assert_close(residual, expected_h)
+        torch.testing.assert_close(each, expected, rtol=0, atol=2e-5 if h.dtype == torch.float32 else 8e-3)
+
+
+def ordered_sum(x: Tensor) -> Tensor:
+    return (x[0].float() + x[1].float() + x[2].float()).to(x.dtype)
 
 
 def check_gather(dtype: torch.dtype) -> None:
+    ranks = make_ranks(dtype, HIDDEN, 4)
+    for call in range(2):
+        check_columns(ranks, torch.arange(WORLD * 5 * 200).view(WORLD, 5, 200).remainder(97 + call).to(dtype))
+
+
+def check_columns(ranks: list[PeerSums], x: Tensor) -> None:
     from actors.kernels import peer_sums_triton
 
-    ranks = make_ranks(dtype, 36, 4)
-    for call in range(2):
-        x = torch.arange(WORLD * 5 * 200).view(WORLD, 5, 200).remainder(97 + call).to(dtype)
+    def gather(peers: PeerSums) -> Tensor:
+        out = torch.empty(x.shape[1], WORLD * x.shape[2], dtype=x.dtype)
+        peer_sums_triton.gather(peers, x[peers.rank], out)
+        return out
 
-        def gather(peers: PeerSums) -> Tensor:
-            out = torch.empty(5, WORLD * 200, dtype=dtype)
-            peer_sums_triton.gather(peers, x[peers.rank], out)
-            return out
-
-        for each in run(ranks, gather):
-            assert torch.equal(each, torch.cat(list(x), dim=1))
+    for each in run(ranks, gather):
+        assert torch.equal(each, torch.cat(list(x), dim=1))
 
 
 if __name__ == "__main__":

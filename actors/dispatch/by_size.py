@@ -1,0 +1,94 @@
+"""Small steps by one dispatch, larger ones by another.
+
+Owns the choice, which every rank makes alike from the step's token counts, and the graphs by which a rank without
+tokens serves small steps. Knows nothing of how either dispatch works.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actors.dispatch.collective import CollectiveDispatch
+from actors.dispatch.contract import Receipt
+from actors.dispatch.symmetric import SymmetricDispatch
+
+
+class DispatchBySize:
+    """Steps that fit go by `small`, which can be captured, and all others by `large`. Both are of the same epoch.
+
+    `small` is started already. On CUDA the caller waits for the device before it believes a result, as with `small`;
+    `serve_step` waits itself. The experts must be capturable where steps fit.
+    """
+
+    def __init__(self, small: SymmetricDispatch, large: CollectiveDispatch, device: torch.device) -> None:
+        self.is_capturable = True
+        self._small = small
+        self._large = large
+        self._serving = ServingGraphs(small) if device.type == "cuda" else None
+        self._is_small = False
+
+    def begin_step(self, tokens_of_rank: tuple[int, ...]) -> None:
+        """See `Dispatch`; decides which of the two does the step."""
+        self._is_small = self._small.fits(tokens_of_rank)
+        self._chosen.begin_step(tokens_of_rank)
+
+    def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, scores_TK: Tensor, layer: int) -> Receipt:
+        return self._chosen.dispatch(x_TD, expert_ids_TK, scores_TK, layer)
+
+    def combine(self, receipt: Any) -> Tensor:
+        return self._chosen.combine(receipt)
+
+    def serve_step(self, tokens_of_rank: tuple[int, ...]) -> None:
+        """A whole step of a rank that brings no tokens. Raises RankError."""
+        if not self._small.fits(tokens_of_rank):
+            self._large.serve_step(tokens_of_rank)
+            return
+        if self._serving is None:
+            self._small.serve_step(tokens_of_rank)
+        else:
+            self._serving.serve_step(tokens_of_rank)
+        self._small.wait()
+
+    def check(self) -> None:
+        """Raises RankError if a wait of a small step was given up in what the device has done so far."""
+        self._small.check()
+
+    def close(self) -> None:
+        self._small.close()
+
+    @property
+    def _chosen(self) -> SymmetricDispatch | CollectiveDispatch:
+        return self._small if self._is_small else self._large
+
+
+class ServingGraphs:
+    """Serves the steps of a rank without tokens, each size of block by a graph once it was run without one.
+
+    The graphs go with the dispatch: nobody may replay them once it is closed.
+    """
+
+    def __init__(self, dispatch: SymmetricDispatch) -> None:
+        self._dispatch = dispatch
+        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}  # by block rows; None: run once
+        self._pool: Any = None
+
+    def serve_step(self, tokens_of_rank: tuple[int, ...]) -> None:
+        """Queues the step on the current stream. See `SymmetricDispatch.wait`."""
+        self._dispatch.begin_step(tokens_of_rank)
+        block_rows = self._dispatch.block_rows
+        if block_rows not in self._graphs:  # what the experts use is made and loaded now, not in the capture
+            self._graphs[block_rows] = None
+            self._dispatch.serve_layers()
+            return
+        graph = self._graphs[block_rows] or self._capture()
+        self._graphs[block_rows] = graph
+        graph.replay()
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            self._dispatch.serve_layers()
+        return graph

@@ -1,0 +1,174 @@
+"""Memory that ranks of an epoch write into each other's: where each field lies, and the words that say what is there.
+
+Owns the layout of a rank's area and this rank's view of all of them. Knows nothing of how the memory is mapped
+(`dispatch/peer_memory.py`), nor of what moves rows (`peer_rows.py`).
+
+Sources are the ranks that bring tokens, destinations those that hold experts, both numbered within their own list.
+Every layer of every step has a sequence number, the same on all ranks; a flag says that its row is there by holding it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+WORD_BYTES = 8
+LINE_BYTES = 128
+SEQUENCE_SHIFT = 24  # a word is the sequence number, above what it carries: slot + 1 of a row, or how many rows come
+CARRIED_MASK = (1 << SEQUENCE_SHIFT) - 1
+SLOT_BITS = 20
+SLOT_MASK = (1 << SLOT_BITS) - 1
+PARITIES = 2  # a source is at most one layer ahead of the slowest destination
+
+CLOSED, OPENED, BLAMED = 0, 1, 2
+"""Words of `Exchange.state`: the last sequence number that this rank is done with, the one that it is at, and 1 + the
+rank that it gave up waiting for."""
+
+ABORT, REPORTED = 0, 1
+"""Words of `Exchange.host`: set by the host to end all waits; BLAMED, for the host to read."""
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // LINE_BYTES) * LINE_BYTES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AreaLayout:
+    """Byte offsets of the fields of an area; the same on every rank, whatever its roles.
+
+    `capacity` is the most rows of one source. Fields: rows [parity, source, capacity, D] with `row_flags` and
+    `arrivals` [parity, source] for what sources push; results [capacity, D] with `result_flags` and `finished`
+    [destination] for what comes back.
+    """
+
+    hidden: int
+    dtype: torch.dtype
+    capacity: int
+    num_sources: int
+    num_destinations: int
+
+    @property
+    def row_bytes(self) -> int:
+        return self.hidden * self.dtype.itemsize
+
+    @property
+    def alignment(self) -> int:
+        """Bytes to which every row is aligned: 16 where vectors may be stored, else one element."""
+        return 16 if self.row_bytes % 16 == 0 else self.dtype.itemsize
+
+    @property
+    def results(self) -> int:
+        return _aligned(PARITIES * self.num_sources * self.capacity * self.row_bytes)
+
+    @property
+    def row_flags(self) -> int:
+        return self.results + _aligned(self.capacity * self.row_bytes)
+
+    @property
+    def arrivals(self) -> int:
+        return self.row_flags + _aligned(PARITIES * self.num_sources * self.capacity * WORD_BYTES)
+
+    @property
+    def result_flags(self) -> int:
+        return self.arrivals + _aligned(PARITIES * self.num_sources * WORD_BYTES)
+
+    @property
+    def finished(self) -> int:
+        return self.result_flags + _aligned(self.capacity * WORD_BYTES)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.finished + _aligned(self.num_destinations * WORD_BYTES)
+
+    def rows_at(self, parity: int, row: int) -> int:
+        """Where row `row` of those that sources push begins; rows begin at 0."""
+        return (parity * self.num_sources * self.capacity + row) * self.row_bytes
+
+    def row_flags_at(self, parity: int, row: int) -> int:
+        return self.row_flags + (parity * self.num_sources * self.capacity + row) * WORD_BYTES
+
+    def arrivals_at(self, parity: int, source: int) -> int:
+        return self.arrivals + (parity * self.num_sources + source) * WORD_BYTES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerAreas:
+    """The areas of all ranks, as this rank reaches them.
+
+    `buffers[rank]`: uint8 [num_bytes]. `bases`: their addresses, int64 [world], on the device.
+    """
+
+    layout: AreaLayout
+    buffers: tuple[Tensor, ...]
+    bases: Tensor
+
+    def rows(self, rank: int, at: int, num_rows: int) -> Tensor:
+        """[num_rows, D] from byte `at` of the area of `rank`."""
+        layout = self.layout
+        flat = self.buffers[rank][at : at + num_rows * layout.row_bytes]
+        return flat.view(layout.dtype).view(num_rows, layout.hidden)
+
+    def words(self, rank: int, at: int, num_words: int) -> Tensor:
+        """int64 [num_words] from byte `at` of the area of `rank`."""
+        return self.buffers[rank][at : at + num_words * WORD_BYTES].view(torch.int64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exchange:
+    """One rank's end of it: the areas, who is who, how far it is, and how long it waits.
+
+    `rank` is this rank; `source` and `destination` its numbers in the two lists, -1 where it is not in one.
+    `source_ranks_S`, `destination_ranks_P`: int32, on the device. `state`: int64 [3] on the device, zeros at first.
+    `host`: int64 [2], zeros at first, in memory that host and device reach.
+    """
+
+    areas: PeerAreas
+    rank: int
+    source: int
+    destination: int
+    source_ranks_S: Tensor
+    destination_ranks_P: Tensor
+    state: Tensor
+    host: Tensor
+    timeout_s: float
+
+    @property
+    def blamed(self) -> int | None:
+        """The rank that a wait was given up for, if one was. What the device does now may not be seen yet."""
+        reported = int(self.host[REPORTED])
+        return reported - 1 if reported else None
+
+    @property
+    def is_aborted(self) -> bool:
+        return bool(self.host[ABORT])
+
+    def abort(self) -> None:
+        """Ends all waits, those on the device within microseconds. From any thread; for good."""
+        self.host[ABORT] = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """Which of the rows' places a layer of a step uses; the same on all ranks.
+
+    `block_rows`: rows of each source's block, at least as many as any source brings, at most the capacity. `parity`:
+    0 or 1; layers that follow one another take turns. `lag`: how many sequence numbers a destination may be behind when
+    a source goes on: 1, or 0 where the next layer has the same parity.
+    """
+
+    block_rows: int
+    parity: int
+    lag: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerRoutes:
+    """Where the experts of a layer are. E experts, R replicas at most.
+
+    `keys_ER`: int64, number of the destination << SLOT_BITS | slot. `num_replicas_E`: int64. Token t of a source takes
+    replica (t + `first`) % num_replicas, so that sources and layers begin at different ones.
+    """
+
+    keys_ER: Tensor
+    num_replicas_E: Tensor
+    first: int
