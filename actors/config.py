@@ -61,7 +61,7 @@ class PipelineConfig:
 
     step_timeout_s: float = 10.0  # a step that takes longer has lost a rank
     group_timeout_s: float = 5.0  # one collective operation
-    join_timeout_s: float = 5.0  # to form the group of an epoch
+    join_timeout_s: float = 15.0  # to form the group of an epoch
     rank_silence_s: float = 2.0  # a rank that answers nothing for this long is lost
     recovery_timeout_s: float = 120.0  # without an epoch for this long, open requests end with UNAVAILABLE
     lease_s: float = 30.0  # a rank that hears no router for this long exits

@@ -20,12 +20,15 @@ from actors.attention.sampler import SampledBatch
 from actors.attention.worker import AttentionWorker
 from actors.checkpoint.config import ModelConfig, read_model_config
 from actors.config import PipelineConfig
+from actors.dispatch.by_size import DispatchBySize
 from actors.dispatch.collective import CollectiveDispatch
-from actors.dispatch.contract import Dispatch, build_routing_table
+from actors.dispatch.contract import Dispatch, RoutingTable, build_routing_table
 from actors.dispatch.group import EpochGroup
 from actors.dispatch.local import LocalDispatch
+from actors.dispatch.peer_memory import SymmetricMemory
 from actors.dispatch.replicated import ReplicatedDispatch
 from actors.dispatch.rows import TokenShape
+from actors.dispatch.symmetric import SymmetricDispatch
 from actors.dispatch.tensor_parallel import TensorParallel, make_tensor_parallel
 from actors.errors import RankError, UnreachableError
 from actors.expert.worker import ExpertWorker
@@ -63,6 +66,7 @@ class _Held:
     experts: ExpertWorker | None
     pools: PagePools | None
     tp: TensorParallel
+    local: LocalDispatch | None = None  # where this process holds every expert: its graphs serve each epoch of one rank
 
 
 class Rank:
@@ -81,7 +85,7 @@ class Rank:
         self._position = 0  # in the epoch
         self._last_over = NO_EPOCH  # plans of this epoch and of those before it are dropped
         self._taken_step = 0  # the last step whose plan was taken in: it may have to be run again, not taken in again
-        self._collective: CollectiveDispatch | None = None
+        self._collective: CollectiveDispatch | DispatchBySize | None = None
         self._dispatch: Dispatch | None = None
         self._next_report_s = 0.0
         self._finished_s = 0.0  # when the last step was
@@ -154,7 +158,26 @@ class Rank:
         if "attention" in spec.roles:  # last, for its cache takes what memory is left
             attention = AttentionWorker.load(model, pipeline, self._device, report, tp)
             pools = attention.allocate_cache()
-        return _Held(spec, pipeline, model, attention, experts, pools, tp)
+        held = _Held(spec, pipeline, model, attention, experts, pools, tp)
+        self._rehearse(held)
+        return held
+
+    def _rehearse(self, held: _Held) -> None:
+        """Whatever is compiled, captured or allocated at its first use has it now, before anybody waits for a step."""
+        experts, attention, slots = held.experts, held.attention, held.spec.slots
+        if attention is None:
+            if experts is not None:
+                experts.rehearse(held.pipeline.max_num_batched_tokens)
+            return
+        attention.rehearse(experts, {layer: len(of_layer) for layer, of_layer in slots.items()})
+        every_expert = set(range(held.model.num_experts))
+        if experts is not None and held.tp.size == 1 and all(every_expert <= set(of) for of in slots.values()):
+            held.local = LocalDispatch(experts, self._routing(held.model, {0: slots}))
+            attention.start_epoch(held.local)
+            attention.capture()
+
+    def _routing(self, model: ModelConfig, slots: dict[int, dict[int, tuple[int, ...]]]) -> RoutingTable:
+        return build_routing_table(slots, model.moe_layers, model.num_experts, self._device)
 
     def _token_shape(self, model: ModelConfig, pipeline: PipelineConfig) -> TokenShape:
         return TokenShape(
@@ -223,12 +246,16 @@ class Rank:
         if len(epoch.ranks) > 1:
             pipeline, size = held.pipeline, len(epoch.ranks)
             self._group.join(epoch.epoch, self._position, size, pipeline.join_timeout_s, pipeline.group_timeout_s)
-        keeps_graphs = not held.tp.join(self._group, epoch.unit_positions(self.rank), fresh) and held.tp.size > 1
+        before = self._dispatch
+        is_void = held.tp.join(self._group, epoch.unit_positions(self.rank), fresh)
         self._dispatch = self._make_dispatch(epoch, held, fresh)
+        has_moved = held.experts is not None and held.experts.has_moved
+        keeps_graphs = not is_void and not has_moved and self._dispatch in (before, held.local)
         if held.experts is not None:
             held.experts.free_replaced()
         if held.attention is not None:
-            held.attention.start_epoch(self._dispatch, fresh, keeps_graphs and not fresh)
+            brings_tokens = ["attention" in spec.roles for spec in epoch.ranks]
+            held.attention.start_epoch(self._dispatch, fresh, keeps_graphs, brings_tokens)
         if fresh:
             self._taken_step = 0
         self._epoch = epoch
@@ -244,17 +271,37 @@ class Rank:
             return ReplicatedDispatch(
                 held.experts, slots, model.moe_layers, model.num_experts, self._position, self._device
             )
-        routing = build_routing_table(slots, model.moe_layers, model.num_experts, self._device)
-        if len(epoch.ranks) == 1:
-            assert held.experts is not None, "a single rank has both roles"
-            return LocalDispatch(held.experts, routing)
-        shape, attention_positions = self._token_shape(model, held.pipeline), epoch.positions_of("attention")
-        self._collective = CollectiveDispatch(self._group, routing, held.experts, attention_positions, shape)
-        return self._collective
+        routing = self._routing(model, slots)
+        if len(epoch.ranks) > 1:
+            self._collective = self._make_collective(epoch, held, routing)
+            return self._collective
+        assert held.experts is not None, "a single rank has both roles"
+        if held.local is None:
+            held.local = LocalDispatch(held.experts, routing)
+        else:
+            held.local.update(routing)
+        return held.local
+
+    def _make_collective(self, epoch: Epoch, held: _Held, routing: RoutingTable) -> CollectiveDispatch | DispatchBySize:
+        """Through the group; small steps through each other's memory, where all ranks are GPUs of one host."""
+        shape, sources = self._token_shape(held.model, held.pipeline), epoch.positions_of("attention")
+        collective = CollectiveDispatch(self._group, routing, held.experts, sources, shape)
+        hosts = {endpoint.rpartition(":")[0] for endpoint in epoch.endpoints}
+        if self._device.type != "cuda" or len(hosts) > 1 or held.pipeline.enforce_eager:
+            return collective
+        memory = SymmetricMemory(self._group, self._device, held.pipeline.join_timeout_s)
+        symmetric = SymmetricDispatch(
+            memory, routing, held.experts, sources, shape, held.pipeline.group_timeout_s,
+            max_tokens=held.pipeline.max_num_seqs,
+        )  # fmt: skip
+        symmetric.start()
+        return DispatchBySize(symmetric, collective, self._device)
 
     def leave(self) -> None:
         """Ends this rank's part in its epoch; peers that wait for it get an error at once."""
         self._epoch = None
+        if isinstance(self._collective, DispatchBySize):
+            self._collective.close()
         self._collective = None
         self._group.leave()
 
@@ -266,7 +313,8 @@ class Rank:
     @property
     def runs_ahead(self) -> bool:
         """Whether a step may be launched before the one before it is finished: its device needs no host meanwhile."""
-        return self._dispatch is not None and self._dispatch.is_capturable and self._device.type == "cuda"
+        is_ours = isinstance(self._dispatch, LocalDispatch | ReplicatedDispatch)  # others wait at the end of a step
+        return is_ours and self._device.type == "cuda"
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched | None:
@@ -335,7 +383,7 @@ class Rank:
         if plan.tokens_of_rank[self._position]:
             assert plan.rank_plan and attention and self._dispatch, "only attention ranks bring tokens"
             self._dispatch.begin_step(plan.tokens_of_rank)
-            return attention.launch(plan.rank_plan)
+            return attention.launch(plan.rank_plan, max(plan.tokens_of_rank))
         if self._collective is not None:
             self._collective.serve_step(plan.tokens_of_rank)
         return None

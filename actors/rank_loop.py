@@ -144,7 +144,7 @@ class RankLoop:
         self._heard_s = time.monotonic()
         match message:
             case Beat():
-                self._reply(Alive(rank=self._rank.rank))
+                self._reply(Alive(rank=self._rank.rank, pace=self._rank.pace))
             case Attach():
                 self._reply(Attached(rank=self._rank.rank, spec=self._rank.spec))
             case Leave(epoch=epoch):

@@ -396,6 +396,7 @@ class RouterStatus(Struct, frozen=True, array_like=True, kw_only=True, tag="stat
     num_running: int = 0
     num_queued: int = 0
     kv_used_fraction: float = 0.0
+    model: str = ""  # the checkpoint that answers come from
 
 
 ToRouter = Submit | Cancel | Beat

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from actors.dispatch.group import RendezvousStore
 from actors.router.worker import Router
 from actors.types import Beat, Request, RouterStatus, SamplingParams, Submit
 from actors.wire import FROM_ROUTER, TO_ROUTER, open_socket
+from benchmarks.trace import Trace
 from benchmarks.workload import Item
 from cluster.hardware import Machines, local_cpu
 from cluster.layout import resolve
@@ -22,24 +22,6 @@ from cluster.membership import plan_membership
 
 START_TIMEOUT_S = 300.0
 BEAT_S = 1.0
-
-
-@dataclass(slots=True)
-class Trace:
-    """One request as its client saw it: when it was sent, and when each token came (seconds, perf_counter)."""
-
-    sent_s: float
-    token_s: list[float] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    problem: str = ""
-
-    @property
-    def ttft_s(self) -> float:
-        return self.token_s[0] - self.sent_s
-
-    @property
-    def gaps_s(self) -> list[float]:
-        return [b - a for a, b in zip(self.token_s, self.token_s[1:], strict=False)]
 
 
 class Engine:
@@ -70,7 +52,8 @@ class Engine:
 
     def __enter__(self) -> "Engine":
         self._socket = open_socket(self._context, zmq.DEALER)
-        self._socket.connect(self.router.start("127.0.0.1"))
+        self.endpoint = self.router.start("127.0.0.1")  # of the router, for clients of its own kind
+        self._socket.connect(self.endpoint)
         ends_s = time.monotonic() + START_TIMEOUT_S
         while not (status := self.status()).serving:
             if self.router.broken or time.monotonic() > ends_s:

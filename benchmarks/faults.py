@@ -95,14 +95,19 @@ class Load(threading.Thread):
             turn += self._num_streams
 
 
-async def ask(stub: inference_pb2_grpc.InferenceStub, item: Item, answer: Answer) -> None:
-    is_greedy = answer.item % 2 == 0
-    request = inference_pb2.GenerateRequest(
+def request_of(number: int, item: Item) -> inference_pb2.GenerateRequest:
+    """Even numbers are greedy, odd ones seeded. Nothing is left to the checkpoint's generation_config.json, since
+    `CloseCalls` judges by temperature and seed alone.
+    """
+    return inference_pb2.GenerateRequest(
         token_ids=inference_pb2.TokenIds(ids=item.prompt_ids),
-        sampling=inference_pb2.Sampling(temperature=0.0 if is_greedy else 1.0, seed=answer.item),
+        sampling=inference_pb2.Sampling(temperature=float(number % 2), top_p=1.0, seed=number),
         stopping=inference_pb2.Stopping(max_tokens=item.num_outputs, ignore_eos=True),
     )
-    async for chunk in stub.GenerateStream(request, timeout=100):
+
+
+async def ask(stub: inference_pb2_grpc.InferenceStub, item: Item, answer: Answer) -> None:
+    async for chunk in stub.GenerateStream(request_of(answer.item, item), timeout=100):
         if chunk.token_ids:
             if chunk.token_index != len(answer.token_ids):
                 answer.problem = f"token {chunk.token_index} came after {len(answer.token_ids)}"

@@ -91,7 +91,12 @@ def measure(args: argparse.Namespace, model: Path, batches: list[int], peer: dic
         print(f"ready after {start_s:.1f} s: {engine.pipeline.layout}", flush=True)
         engine.run(prompts(2, 64, config.vocab_size, 8))  # what is compiled at first use, is compiled here
         footprint = Footprint(model=config, precision=Precision.of(config))
-        split = Split(layout=engine.pipeline.layout)
+        plan = engine.pipeline
+        split = Split(
+            layout=plan.layout, attention_ranks=plan.attention_ranks, expert_ranks=plan.expert_ranks,
+            attention_tp=plan.attention_tp,
+        )  # fmt: skip
+        context_tokens = args.prompt_tokens + args.output_tokens // 2
         rows, values = [], {}
         for batch in batches:
             traces = engine.run(prompts(batch, args.prompt_tokens, config.vocab_size, args.output_tokens))
@@ -99,7 +104,7 @@ def measure(args: argparse.Namespace, model: Path, batches: list[int], peer: dic
             if problems:
                 raise RuntimeError(problems[0])
             tpot_ms = time_per_token_ms(traces)
-            floor_ms = 1e3 * step_floor_s(footprint, machines, split, decode(batch))
+            floor_ms = 1e3 * step_floor_s(footprint, machines, split, decode(batch, context_tokens))
             rate = batch / tpot_ms * 1e3
             peer_ms = peer.get(str(batch))
             first_ms = 1e3 * statistics.median(trace.ttft_s for trace in traces)

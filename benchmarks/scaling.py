@@ -1,6 +1,7 @@
 """What growing, shrinking and rebalancing cost while requests run: real router, real ranks as processes, no Serve.
 
-python -m benchmarks.scaling     # about six minutes on 2 cores; writes results/scaling.md and scaling.json
+python -m benchmarks.scaling                       # about eight minutes on 2 cores; writes results/scaling.md and .json
+python -m benchmarks.scaling --only attention      # parts with that in their name; writes results/scaling-attention.md
 
 Every answer is compared with a run in which nothing changed, token for token.
 """
@@ -12,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ NUM_CHANGES = 50
 ATTENTION_RANKS = 2
 HOT_FACTOR = 4.0  # by which the router rows of hot experts are scaled up
 MEASURE_S = 20.0
+SEATS = 16  # requests that an attention rank runs at once, where attention ranks come and go
 CHANGE_TIMEOUT_S = 60.0
 
 Done = list[tuple[int, Trace]]
@@ -134,6 +137,66 @@ def grow_and_shrink(directory: Path, num_changes: int) -> dict[str, Any]:
         }
 
 
+@dataclass(slots=True)
+class Wave:
+    """One stretch of load: what came of it, and how long until there were as many attention ranks as it calls for."""
+
+    done: Done
+    tokens_per_s: float
+    arrived_s: float
+
+
+def attention_wave(engine: Engine, items: list[Item], streams: int, wanted: int) -> Wave:
+    """`streams` clients until `wanted` attention ranks serve, and for MEASURE_S after that."""
+    began_s = time.monotonic()
+    arrived_s: list[float] = []
+
+    def goes_on() -> bool:
+        now_s = time.monotonic()
+        if not arrived_s and num_attention(engine) == wanted:
+            arrived_s.append(now_s - began_s)
+        if not arrived_s and now_s - began_s > CHANGE_TIMEOUT_S:
+            raise TimeoutError(f"{wanted} attention ranks were expected: {engine.status().detail}")
+        return not arrived_s or now_s - began_s < arrived_s[0] + MEASURE_S
+
+    done = engine.run_closed_loop(items, streams, goes_on)
+    settled_s = time.perf_counter() - MEASURE_S
+    tokens = sum(token_s > settled_s for _, trace in done for token_s in trace.token_s)
+    return Wave(done, tokens / MEASURE_S, arrived_s[0])
+
+
+def num_attention(engine: Engine) -> int:
+    return sum("attention" in rank["roles"] for rank in engine.router.snapshot["ranks"])
+
+
+def follow_the_load(directory: Path) -> dict[str, Any]:
+    """Between one and two attention ranks, with few clients, then many, then few: nobody says when."""
+    scaling = {"min_attention": 1, "max_attention": 2, "upscale_delay_s": 2.0, "downscale_delay_s": 4.0,
+               "rebalance": False}  # fmt: skip
+    with Engine(directory, layout="disaggregated", attention_ranks=1, expert_ranks=2, threads_per_rank=1,
+                max_num_seqs=SEATS, scaling=scaling) as engine:  # fmt: skip
+        items = workload()
+        expected = [trace.token_ids for trace in engine.run(items[:SEATS]) + engine.run(items[SEATS:])]
+        while num_attention(engine) > 1:  # the queue of those who were asked at once may have brought a second one
+            time.sleep(0.5)
+        few, many, few_again = (attention_wave(engine, items, streams, wanted)
+                                for streams, wanted in ((SEATS // 4, 1), (STREAMS, 2), (SEATS // 4, 1)))  # fmt: skip
+        changes = [change for change in successes(engine) if "attention rank" in change["why"]][-2:]
+        waits_ms = sorted((t.ttft_s * 1e3 for _, t in many.done if not t.problem))
+        return {
+            **judge(directory, items, expected, few.done + many.done + few_again.done),
+            "seats_per_rank": SEATS,
+            "streams": [SEATS // 4, STREAMS, SEATS // 4],
+            "second_rank_after_s": round(many.arrived_s, 1),
+            "gone_again_after_s": round(few_again.arrived_s, 1),
+            "why": [change["why"] for change in changes],
+            "pause_ms": [round(change["pause_s"] * 1e3, 1) for change in changes],
+            "tokens_per_s": [round(wave.tokens_per_s) for wave in (few, many, few_again)],
+            "first_token_p50_ms_of_many": round(statistics.median(waits_ms)),
+            "gap_max_ms": round(max(gap for w in (many, few_again) for _, t in w.done for gap in t.gaps_s) * 1e3, 1),
+        }
+
+
 def make_skewed(directory: Path, target: Path, num_hot: int) -> Path:
     """The checkpoint with its first router rows scaled up: those experts win most tokens."""
     target.mkdir()
@@ -200,19 +263,26 @@ def rebalance(directory: Path, expert_ranks: int, expert_slots: int) -> dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--changes", type=int, default=NUM_CHANGES)
+    parser.add_argument("--only", default="", help="parts that have this in their name, into results of that name")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        tiny, larger = (ensure_shape_model(shape, Path(scratch)) for shape in ("tiny", "bench-maverick"))
-        results = {
-            "skew_tiny_3_expert_ranks": rebalance(make_skewed(tiny, Path(scratch) / "skewed-tiny", 2), 3, 6),
-            "skew_bench_2_expert_ranks": rebalance(make_skewed(larger, Path(scratch) / "skewed", 8), 2, 20),
-            "grow_and_shrink": grow_and_shrink(tiny, args.changes),
+        tiny = ensure_shape_model("tiny", Path(scratch))
+        parts: dict[str, Callable[[], dict[str, Any]]] = {
+            "skew_tiny_3_expert_ranks": lambda: rebalance(make_skewed(tiny, Path(scratch) / "skewed-tiny", 2), 3, 6),
+            "skew_bench_2_expert_ranks": lambda: rebalance(skewed_larger(Path(scratch)), 2, 20),
+            "grow_and_shrink": lambda: grow_and_shrink(tiny, args.changes),
+            "attention_follows_the_load": lambda: follow_the_load(tiny),
         }
+        results = {name: measure() for name, measure in parts.items() if args.only in name}
     print(json.dumps(results, indent=2))
     text = report.preamble("Scaling while requests run") + f"\n{STREAMS} streams, fp32.\n"
     for name, values in results.items():
         text += f"\n## {name.replace('_', ' ')}\n\n" + report.table(("", ""), list(values.items())) + "\n"
-    report.write("scaling", text, results)
+    report.write("-".join(["scaling", *filter(None, [args.only])]), text, results)
+
+
+def skewed_larger(scratch: Path) -> Path:
+    return make_skewed(ensure_shape_model("bench-maverick", scratch), scratch / "skewed", 8)
 
 
 if __name__ == "__main__":

@@ -61,13 +61,19 @@ class LocalFleet:
         return tuple(self.processes)
 
     def start(self, rank: int, roles: Sequence[Role]) -> None:
-        taken = set(self._device_of.values())
-        device = next((d for d in self._devices if d == "cpu" or d not in taken), None)
+        device = self._free_device()
         if device is None:
             self._news.append(RankDown(rank=rank, cause="no device is free"))
             return
         self._device_of[rank] = device
         self._starting[rank] = self._spawn(rank, device)
+
+    def has_room(self, roles: Sequence[Role]) -> bool:
+        return self._free_device() is not None
+
+    def _free_device(self) -> str | None:
+        taken = set(self._device_of.values())
+        return next((d for d in self._devices if d == "cpu" or d not in taken), None)
 
     def kill(self, rank: int) -> None:
         process = self.processes.get(rank)

@@ -15,6 +15,9 @@ export RAY_USAGE_STATS_ENABLED=0
 # Serve's Python proxy carries about a tenth of the messages that HAProxy does.
 export RAY_SERVE_ENABLE_HA_PROXY=1
 
+# Serve replaces a front that failed three checks in a row, by default one every 10 s.
+export RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S=1
+
 # A node that is cut off is dead after about 8 s instead of a minute. Ranks notice far sooner by themselves.
 export RAY_health_check_period_ms=1000
 export RAY_health_check_timeout_ms=2000

@@ -84,9 +84,8 @@ class RayFleet:
         return tuple(sorted(self._actors))
 
     def start(self, rank: int, roles: Sequence[Role]) -> None:
-        pipeline, is_attention = self._pipeline, "attention" in roles
-        kind: Any = AttentionActor if is_attention else ExpertActor
-        resources = pipeline.attention_resources if is_attention else pipeline.expert_resources
+        pipeline = self._pipeline
+        kind: Any = AttentionActor if "attention" in roles else ExpertActor
         try:
             actor = kind.options(
                 name=f"{self._prefix}{rank}",
@@ -95,7 +94,7 @@ class RayFleet:
                 runtime_env={"env_vars": RANK_ENVIRONMENT},
                 num_cpus=CPU_PER_RANK,
                 num_gpus=1 if self._on_gpu else 0,
-                resources=resources or None,
+                resources=self._resources(roles) or None,
             ).remote(
                 rank,
                 "cuda:0" if self._on_gpu else "cpu",  # Ray shows a rank no other GPU than its own
@@ -107,6 +106,15 @@ class RayFleet:
             self._news.put((None, RankDown(rank=rank, cause=str(e))))
             return
         self._adopt(rank, actor)
+
+    def has_room(self, roles: Sequence[Role]) -> bool:
+        asked = {"CPU": CPU_PER_RANK, "GPU": 1.0 if self._on_gpu else 0.0} | self._resources(roles)
+        free = ray.available_resources()  # of all nodes together: a rank that fits on none is given up in time
+        return all(free.get(name, 0.0) >= amount for name, amount in asked.items())
+
+    def _resources(self, roles: Sequence[Role]) -> dict[str, float]:
+        """What a rank asks for beside CPU and GPU."""
+        return self._pipeline.attention_resources if "attention" in roles else self._pipeline.expert_resources
 
     def kill(self, rank: int) -> None:
         actor = self._actors.pop(rank, None)

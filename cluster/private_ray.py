@@ -67,6 +67,8 @@ def apply_environment(environment: MutableMapping[str, str], scratch: Path, fron
             # Rank and replica processes are started when they are needed; 16 idle ones would only take memory.
             "RAY_prestart_worker_first_driver": "0",
             "RAY_SERVE_ENABLE_HA_PROXY": "1" if front == "haproxy" else "0",
+            # Serve replaces a front that failed three checks in a row, by default one every 10 s.
+            "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
             # Serve puts a folder named by 56 characters between scratch and each file, and HAProxy takes socket paths
             # of at most 97 bytes: there is no room for one more folder.
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(scratch / "haproxy.cfg"),

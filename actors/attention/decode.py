@@ -39,7 +39,6 @@ Fields = np.ndarray[Any, np.dtype[np.int32]]
 
 NOTHING = -1  # in the packed inputs: no seat, no token from the host, no page
 HOST_BUFFERS = 4  # a step's inputs are read from host memory after its launch: more than steps can be in flight
-WARM_UP_RUNS = 2
 
 
 def bucket_sizes(max_rows: int) -> list[int]:
@@ -52,7 +51,7 @@ def bucket_sizes(max_rows: int) -> list[int]:
 class DecodeSteps:
     """Runs decode steps of at most `max_rows` requests. On a CPU the same is computed without a graph.
 
-    Graphs read weights, pages and the dispatch's tables where they were when `start_epoch` captured them.
+    Graphs read weights, pages and the dispatch's tables where they were when they were captured.
     """
 
     def __init__(
@@ -82,30 +81,54 @@ class DecodeSteps:
         self._sizes = bucket_sizes(max_rows)
         self._last_tokens_S = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._dispatch: Dispatch | None = None
+        self._brings_tokens: Sequence[bool] = (True,)
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._rows: dict[int, DecodeRows] = {}
         self._logits_BV = model.empty_logits(max_rows)  # of every graph: they run one after another
 
-    def start_epoch(self, dispatch: Dispatch, last_tokens_S: Tensor) -> None:
-        """Steps go through `dispatch` from now on, which must not need the host; tokens come from `last_tokens_S`."""
+    def start_epoch(self, dispatch: Dispatch, last_tokens_S: Tensor, brings_tokens: Sequence[bool] = (True,)) -> None:
+        """Steps go through `dispatch` from now on; tokens come from `last_tokens_S`. `brings_tokens`: by position of
+        the epoch. Graphs are captured when they are first used.
+        """
         self._dispatch = dispatch
+        self._brings_tokens = brings_tokens
         self._last_tokens_S = last_tokens_S
         self._graphs.clear()
         self._rows.clear()
-        if self._device.type == "cuda":
-            self._capture_all()
 
-    def takes(self, work: Sequence[Work]) -> bool:
-        """Whether a step of this work can run here."""
-        return len(work) <= self._max_rows and all(item.num_tokens == 1 and item.samples for item in work)
+    def capture_all(self) -> None:
+        """Captures all graphs, largest first, so that the others fit into the memory that it took."""
+        if self._device.type != "cuda":
+            return
+        began_s = time.monotonic()
+        for size in reversed(self._sizes):
+            self._capture(size)
+        torch.cuda.synchronize(self._device)
+        log.info("captured decode steps of %s rows in %.1f s", self._sizes, time.monotonic() - began_s)
 
     @torch.inference_mode()
-    def run(self, work: Sequence[Work], requests: RequestTable) -> tuple[Tensor, Tensor]:
+    def rehearse(self, dispatch: Dispatch) -> None:
+        """Runs a step of every size without requests, so that all that is compiled or allocated at first use is."""
+        self.start_epoch(dispatch, self._last_tokens_S)
+        self._packed_FB.fill_(NOTHING)
+        self._packed_FB[POSITION].zero_()
+        for size in self._sizes:
+            self._forward(size)
+
+    def takes(self, work: Sequence[Work], most_rows: int) -> bool:
+        """Whether a step of this work can run here. `most_rows`: of any rank in the step."""
+        return max(len(work), most_rows) <= self._max_rows and all(w.num_tokens == 1 and w.samples for w in work)
+
+    @torch.inference_mode()
+    def run(self, work: Sequence[Work], requests: RequestTable, most_rows: int) -> tuple[Tensor, Tensor]:
         """Logits [B, V] in the model's dtype and seats, int64 [B], of a step, in the order of the work. The next one
         overwrites them. Raises ValueError if the work needs tokens or pages that are not there.
         """
         num_rows = len(work)
-        size = next(size for size in self._sizes if size >= num_rows)
+        size = next(size for size in self._sizes if size >= max(num_rows, most_rows))
+        if self._device.type == "cuda" and size not in self._graphs:
+            self._capture(size)
         host_FB = self._on_host[self._turn]
         self._turn = (self._turn + 1) % HOST_BUFFERS
         self._write(host_FB.numpy(), work, requests, size)
@@ -140,7 +163,7 @@ class DecodeSteps:
         fill_decode_rows(
             rows, self._packed_FB, self._last_tokens_S, tables.global_table, tables.chunked_table, self._scales
         )
-        self._dispatch.begin_step((size,))
+        self._dispatch.begin_step(tuple(size if brings else 0 for brings in self._brings_tokens))
         h_BD = self._model.forward(
             rows.ids_B, rows.positions_B, lambda i, qkv_BQ: self._attend(i, qkv_BQ, rows), self._dispatch,
             rows.is_padding_B1,
@@ -155,27 +178,11 @@ class DecodeSteps:
         self._attention.store(layer, qkv_BQ, slots_B, rows.rotations_BR2, rows.temperatures_B)
         return self._attention.attend_singles(layer, qkv_BQ, singles)
 
-    def _capture_all(self) -> None:
-        """Largest first, so that the others fit into the memory that it took."""
-        began_s = time.monotonic()
-        pool = torch.cuda.graph_pool_handle()
-        self._packed_FB.fill_(NOTHING)
-        self._packed_FB[POSITION].zero_()
-        for size in reversed(self._sizes):
-            self._capture(size, pool)
-        torch.cuda.synchronize(self._device)
-        log.info("captured decode steps of %s rows in %.1f s", self._sizes, time.monotonic() - began_s)
-
     @torch.inference_mode()
-    def _capture(self, size: int, pool: Any) -> None:
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_RUNS):
-                self._forward(size)
-        torch.cuda.current_stream(self._device).wait_stream(stream)
+    def _capture(self, size: int) -> None:
+        """Runs nothing: every kernel was run before, in `rehearse`."""
         graph = torch.cuda.CUDAGraph()
         # Other threads of this process may call CUDA meanwhile (loading does), which must not end the capture.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._rows[size] = self._forward(size)
         self._graphs[size] = graph

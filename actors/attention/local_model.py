@@ -29,8 +29,10 @@ class LocalModel:
         self.attention = attention
         self.experts = experts
         self.pools = attention.allocate_cache()
-        self._device = experts.device
-        self.start_epoch()
+        table = build_routing_table({0: experts.slots}, config.moe_layers, config.num_experts, experts.device)
+        self._dispatch = LocalDispatch(experts, table)
+        attention.rehearse(experts, {layer: len(slots) for layer, slots in experts.slots.items()})
+        attention.start_epoch(self._dispatch)
 
     @classmethod
     def load(cls, pipeline: PipelineConfig, device: torch.device | None = None) -> "LocalModel":
@@ -43,10 +45,7 @@ class LocalModel:
 
     def start_epoch(self) -> None:
         """Forgets all requests and whose pages were whose."""
-        table = build_routing_table(
-            {0: self.experts.slots}, self.config.moe_layers, self.config.num_experts, self._device
-        )
-        self.attention.start_epoch(LocalDispatch(self.experts, table))
+        self.attention.start_epoch(self._dispatch, keeps_graphs=True)
 
     def logits(self, prompt_ids: Sequence[int], num_tokens_of_step: Sequence[int] | None = None) -> Tensor:
         """fp32 [T, V]: what follows each position of the prompt, computed alone, in steps of the given sizes.

@@ -5,7 +5,8 @@ reached through dispatch, and the shared expert is computed while they are away.
 processes. Source: transformers' Llama4ForCausalLM.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -126,6 +127,16 @@ class AttentionModel:
         self._tp.add_all_reduced(h_TD, deltas)
         return h_TD
 
+    @contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        """Until it ends partial sums are taken for the sums (peers need not do the same), and no token counts."""
+        tp, self._tp = self._tp, ALONE
+        try:
+            yield
+        finally:
+            self._tp = tp
+            self._expert_tokens_ME.zero_()
+
     def logits(self, h_BD: Tensor) -> Tensor:
         """fp32 [B, V] of rows of `forward`'s result."""
         x_BD = add_rms_norm(h_BD, (), self._weights.final_norm_D, self._eps)
@@ -139,7 +150,8 @@ class AttentionModel:
         """The logits of `forward`'s rows into memory that is there already."""
         x_BD = add_rms_norm(h_BD, (), self._weights.final_norm_D, self._eps)
         if self._tp.size == 1:
-            torch.mm(x_BD, self._weights.lm_head_VD.t(), out=out_BV)
+            part_VD = self._weights.lm_head_VD
+            torch.mm(x_BD, part_VD.t(), out=out_BV[:, : part_VD.shape[0]])
         else:
             out_BV.copy_(self._tp.all_gather_columns(F.linear(x_BD, self._weights.lm_head_VD)))
 

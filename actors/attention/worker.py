@@ -4,7 +4,7 @@ Owns the weights, the KV cache, the admitted requests and the sampler of one ran
 them. Knows nothing of sockets, epochs or where experts are: dispatch is given to it when an epoch starts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from actors.attention.kernel_attention import KernelAttention
 from actors.attention.kv_cache import KvCache, PagePools, cache_dtype, fit_page_tokens, plan_pages
 from actors.attention.mixed import MixedAttention
 from actors.attention.model import Attend, AttentionModel
+from actors.attention.rehearsal import RehearsalDispatch, rehearsed_sizes
 from actors.attention.requests import RequestTable
 from actors.attention.sampler import SampledBatch, Sampler, workspace_bytes
 from actors.attention.seat_tables import SeatTables
@@ -24,15 +25,16 @@ from actors.checkpoint.config import ModelConfig
 from actors.checkpoint.index import validate_checkpoint
 from actors.checkpoint.weights import AttentionWeights, Shard, dummy_attention, load_attention, num_weight_bytes
 from actors.config import PipelineConfig
-from actors.dispatch.contract import Dispatch
+from actors.dispatch.contract import Dispatch, ExpertCompute
 from actors.dispatch.tensor_parallel import ALONE, TensorParallel, shard_config
 from actors.kernels.prefill_attention import is_available
 from actors.kernels.triton_here import HAS_TRITON
 from actors.precision import compute_dtype
-from actors.types import RankPlan, SampledToken, Work
+from actors.types import Admission, RankPlan, SampledToken, SamplingParams, Work
 
 CPU_CACHE_BYTES = 256 << 20
 DUMMY_SEED = 0
+GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 
 
 def uses_kernels(device: torch.device) -> bool:
@@ -65,6 +67,7 @@ class AttentionWorker:
         self._builder: BatchBuilder | None = None
         self.cache: KvCache | None = None
         self._dispatch: Dispatch | None = None
+        self._longest_tokens = pipeline.max_model_len or config.max_position_embeddings
         self._decode: DecodeSteps | None = None
         self._mixed: MixedAttention | None = None
         self._tables: SeatTables | None = None
@@ -79,7 +82,11 @@ class AttentionWorker:
         tp: TensorParallel = ALONE,
     ) -> "AttentionWorker":
         """Reads, or with `load: dummy` makes, everything but the routed experts. Raises CheckpointError."""
-        dtype, shard, quantize = compute_dtype(config, pipeline), Shard(index=tp.index, of=tp.size), pipeline.quantize_ffn
+        dtype, shard, quantize = (
+            compute_dtype(config, pipeline),
+            Shard(index=tp.index, of=tp.size),
+            pipeline.quantize_ffn,
+        )
         if pipeline.load == "dummy":
             weights = dummy_attention(config, dtype, device, DUMMY_SEED, shard=shard, quantize_ffn=quantize)
         else:
@@ -89,8 +96,7 @@ class AttentionWorker:
 
     def allocate_cache(self) -> PagePools:
         """Takes the memory for keys and values: on a GPU what the weights left. Raises ConfigError if there is none."""
-        page_tokens = fit_page_tokens(self._config, self._pipeline.page_tokens)
-        longest_tokens = self._pipeline.max_model_len or self._config.max_position_embeddings
+        page_tokens, longest_tokens = fit_page_tokens(self._config, self._pipeline.page_tokens), self._longest_tokens
         kept = cache_dtype(self._dtype, self._pipeline.kv_cache_dtype)
         pools = plan_pages(self._config, page_tokens, self._cache_bytes(), longest_tokens, kept.itemsize)
         self.cache = KvCache(self._config, pools, kept, self._device)
@@ -113,17 +119,62 @@ class AttentionWorker:
         if is_available(device, self._dtype, config.head_dim):
             self._mixed = MixedAttention(config, attention, self._dtype, cache, device)
 
-    def start_epoch(self, dispatch: Dispatch, fresh: bool = True, keeps_graphs: bool = False) -> None:
+    @torch.inference_mode()
+    def rehearse(self, experts: ExpertCompute | None, num_slots: Mapping[int, int]) -> None:
+        """Runs steps of every kind and size on nobody's requests, so that what is compiled, captured or allocated at
+        first use, is so before anybody waits. `experts` are those of this process, if any, in so many slots by layer.
+        """
+        if self._tables is None:
+            return
+        assert self.cache is not None
+        dispatch = RehearsalDispatch(experts, num_slots, self._config.num_experts, self._device)
+        with self._model.rehearsing():
+            if self._decode is not None:
+                self._decode.rehearse(dispatch)
+            self._dispatch = dispatch
+            for num_tokens in rehearsed_sizes(self._pipeline.max_num_batched_tokens):
+                self._rehearse_prompt(num_tokens)
+        self._dispatch = None
+
+    def _rehearse_prompt(self, num_tokens: int) -> None:
+        """Computes a prompt, as much of it as one request can hold."""
+        assert self.cache is not None
+        pools = self.cache.pools
+        room = [pages for pages in (pools.global_pages, pools.chunked_pages) if pages]
+        num_tokens = min(num_tokens, min(room) * pools.page_tokens, self._longest_tokens)
+        pages = tuple(range(-(-num_tokens // pools.page_tokens)))
+        admission = Admission(request_idx=0, prompt_ids=(0,) * num_tokens, output_ids=(), sampling=GREEDY)
+        work = Work(
+            request_idx=0, start=0, num_tokens=num_tokens, samples=True, global_pages=pages, chunked_pages=pages
+        )
+        self.take_in(RankPlan(admitted=(admission,), work=(work,)))
+        _, h_TD = self.forward((work,))
+        self._model.logits(h_TD[-1:])
+        self.take_in(RankPlan(released=(0,)))
+
+    def start_epoch(
+        self,
+        dispatch: Dispatch,
+        fresh: bool = True,
+        keeps_graphs: bool = False,
+        brings_tokens: Sequence[bool] = (True,),
+    ) -> None:
         """Experts are reached through `dispatch` from now on. Forgets all requests if `fresh`.
 
-        `keeps_graphs`: what was captured before still reaches them, in the same memory.
+        `keeps_graphs`: what was captured before still reaches them, in the same memory. `brings_tokens`: whether a
+        rank is an attention rank, by position of the epoch.
         """
         self._dispatch = dispatch
         if fresh:
             self._requests.clear()
             self._sampler = Sampler(self._config.vocab_size, self._device)
-        if self._decode is not None and dispatch.is_capturable and not keeps_graphs:
-            self._decode.start_epoch(dispatch, self._requests.last_tokens_R)
+        if self._decode is not None and not keeps_graphs:
+            self._decode.start_epoch(dispatch, self._requests.last_tokens_R, brings_tokens)
+
+    def capture(self) -> None:
+        """Captures the graphs of all decode steps, now rather than at their first use."""
+        if self._decode is not None:
+            self._decode.capture_all()
 
     def step(self, plan: RankPlan) -> list[SampledToken]:
         """Takes the plan in, runs the step and waits for its tokens, which come in the order of the work."""
@@ -136,24 +187,27 @@ class AttentionWorker:
         return [] if sampled is None else sampled.to_tokens()
 
     @torch.inference_mode()
-    def launch(self, plan: RankPlan) -> SampledBatch | None:
-        """Runs a step that was taken in without waiting for the device; the next plan may be taken in and launched
-        before `to_tokens` is called.
+    def launch(self, plan: RankPlan, most_rows: int = 0) -> SampledBatch | None:
+        """Runs a step that was taken in, without waiting for the device where the dispatch needs no wait; the next plan
+        may be taken in and launched before `to_tokens` is called.
 
-        The caller has told dispatch of the step (`begin_step`) before. None if nothing is sampled. Raises ValueError
-        for a plan that contradicts what the rank knows, RankError if experts cannot be reached.
+        The caller has told dispatch of the step (`begin_step`) before. `most_rows`: of any rank in the step. None if
+        nothing is sampled. Raises ValueError for a plan that contradicts what the rank knows, RankError if experts
+        cannot be reached.
         """
         if not plan.work:
             return None
         dispatch = self._dispatch
         assert dispatch is not None, "an epoch comes before steps"
-        if self._decode is not None and dispatch.is_capturable and self._decode.takes(plan.work):
+        if self._decode is not None and dispatch.is_capturable and self._decode.takes(plan.work, most_rows):
             request_idxs = [work.request_idx for work in plan.work]
-            logits_BV, seats_B = self._decode.run(plan.work, self._requests)
+            logits_BV, seats_B = self._decode.run(plan.work, self._requests, most_rows)
+            dispatch.end_step()
             return self._sample(request_idxs, logits_BV, seats_B)
         if self._tables is not None:
             self._tables.grant(plan.work, self._requests)
         inputs, h_TD = self.forward(plan.work)
+        dispatch.end_step()
         if not inputs.sampled:
             return None
         h_BD = h_TD if inputs.sampled_rows_B is None else h_TD.index_select(0, inputs.sampled_rows_B)

@@ -22,11 +22,20 @@ class DispatchBySize:
     """
 
     def __init__(self, small: SymmetricDispatch, large: CollectiveDispatch, device: torch.device) -> None:
-        self.is_capturable = True
         self._small = small
         self._large = large
         self._serving = ServingGraphs(small) if device.type == "cuda" else None
         self._is_small = False
+
+    @property
+    def is_capturable(self) -> bool:
+        """Whether the step that was begun is a small one."""
+        return self._is_small
+
+    def end_step(self) -> None:
+        """See `Dispatch`."""
+        if self._is_small:
+            self._small.wait()
 
     def begin_step(self, tokens_of_rank: tuple[int, ...]) -> None:
         """See `Dispatch`; decides which of the two does the step."""

@@ -105,6 +105,9 @@ class CollectiveDispatch:
         if self._group.preposts and self._layers:
             self._post_arrivals(0)
 
+    def end_step(self) -> None:
+        """The last combine has waited."""
+
     def serve_step(self, tokens_of_rank: tuple[int, ...]) -> None:
         """A whole step of a rank that brings no tokens: computes what others send, layer after layer.
 

@@ -62,8 +62,10 @@ class Dispatch(Protocol):
     Raises RankError when a peer fails or does not answer in time; the epoch is over then.
     """
 
-    is_capturable: bool
-    """Whether all that it does in a step can be captured in a CUDA graph, for steps in which every row is a decode."""
+    @property
+    def is_capturable(self) -> bool:
+        """Whether all that it does in the step that was begun can be captured in a CUDA graph."""
+        ...
 
     def begin_step(self, tokens_of_rank: tuple[int, ...]) -> None:
         """States the step's tokens of every rank of the epoch, before its first dispatch."""
@@ -72,6 +74,12 @@ class Dispatch(Protocol):
     def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, scores_TK: Tensor, layer: int) -> Receipt: ...
 
     def combine(self, receipt: Receipt) -> Tensor: ...
+
+    def end_step(self) -> None:
+        """To be called after the last combine, before anything that the step computed is believed: where a lost peer
+        shows on the device alone, it waits for the device. Raises RankError.
+        """
+        ...
 
 
 def build_routing_table(

@@ -49,6 +49,14 @@ class LocalDispatch:
     def begin_step(self, tokens_of_rank: tuple[int, ...]) -> None:
         """Has no messages to bound."""
 
+    def end_step(self) -> None:
+        """Has no peers to lose."""
+
+    def update(self, routing: RoutingTable) -> None:
+        """Takes another table of the same layers and experts, in place: captured graphs follow it."""
+        for layer, slots_E in zip(routing.layers, routing.slots_MER[:, :, 0], strict=True):
+            self._slots_of_layer[layer].copy_(slots_E)
+
     def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, scores_TK: Tensor, layer: int) -> Receipt:
         if x_TD.is_cuda:
             return DeviceReceipt(x_TD, expert_ids_TK, scores_TK, layer)

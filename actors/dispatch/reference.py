@@ -27,11 +27,16 @@ class ReferenceReceipt:
 class ReferenceDispatch:
     """y_t = sum over k of expert[layer][id_tk](score_tk * x_t), exactly as it is written."""
 
+    is_capturable = False
+
     def __init__(self, experts: dict[int, list[ExpertFunction]]) -> None:
         self._experts = experts
 
     def begin_step(self, tokens_of_rank: tuple[int, ...]) -> None:
         """Has nothing to prepare."""
+
+    def end_step(self) -> None:
+        """Has nothing to wait for."""
 
     def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, scores_TK: Tensor, layer: int) -> ReferenceReceipt:
         return ReferenceReceipt(x_TD, expert_ids_TK, scores_TK, layer)

@@ -69,6 +69,9 @@ class ReplicatedDispatch:
     def begin_step(self, tokens_of_rank: tuple[int, ...]) -> None:
         """Has no messages to bound."""
 
+    def end_step(self) -> None:
+        """Has sent nothing: what is lost, the sums lose."""
+
     def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, scores_TK: Tensor, layer: int) -> ReplicatedReceipt:
         layer_idx = self._index[layer]
         if not self._has_spare:

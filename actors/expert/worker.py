@@ -36,6 +36,7 @@ Report = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 # Read, then proven, before the next. On a CPU it bounds what is staged to be widened; on a GPU nothing is.
 READ_BATCH_BYTES = {"cpu": 512 << 20, "cuda": 8 << 30}
+REHEARSED_ROWS = (1, 2, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 PROBE_SEED = 20250405
 NO_PROOF = SlotProof(checksum=0, probe=0.0)
 
@@ -163,6 +164,22 @@ class ExpertWorker:
             for want in wants:
                 self._layers[want.layer].drop(want.slot)
             self._read(self._fetch(wants, sources, progress), progress)
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether a layer has left memory that `free_replaced` will free: graphs that read it must not run then."""
+        return bool(self._replaced)
+
+    @torch.inference_mode()
+    def rehearse(self, max_rows: int) -> None:
+        """Computes rows of nobody in every number that kernels are chosen by, up to `max_rows`."""
+        layer = next(iter(self._layers), None)
+        if layer is None or self.device.type != "cuda":
+            return
+        for num_rows in [*(size for size in REHEARSED_ROWS if size < max_rows), max_rows]:
+            x_ND = torch.zeros(num_rows, self._config.hidden_size, dtype=self._dtype, device=self.device)
+            slots_N = torch.arange(num_rows, device=self.device) % self._layers[layer].capacity
+            self(layer, x_ND, slots_N)
 
     def free_replaced(self) -> None:
         """Frees the memory that layers left when they moved. Call it between steps; what captured the old addresses

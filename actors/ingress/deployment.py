@@ -65,7 +65,11 @@ class ServeSink:
 
 # Serve's own limit is out of the way: the router bounds the queue, and knows what to say to whom it refuses.
 @serve.deployment(
-    name="Ingress", max_ongoing_requests=100_000, health_check_period_s=2.0, ray_actor_options={"num_cpus": 0.1}
+    name="Ingress",
+    max_ongoing_requests=100_000,
+    health_check_period_s=2.0,
+    graceful_shutdown_timeout_s=120.0,  # a pipeline deployed anew gets new ingresses; old ones end their streams
+    ray_actor_options={"num_cpus": 0.1},
 )
 @serve.ingress()
 class IngressDeployment:

@@ -75,6 +75,7 @@ class RouterClient:
         self._open: dict[str, _Open] = {}
         self._takes_requests = False  # the router that is connected has served
         self._may_return = False  # there was one that did, and it was not long ago
+        self._model = ""  # of the router that served last
         self._silent_beats = 0  # sent since the router's last message
         self._status: RouterStatus | None = None
         self._problem = "looking for the router"
@@ -260,6 +261,10 @@ class RouterClient:
     def _set_status(self, status: RouterStatus) -> None:
         was_serving = self.status.serving
         self._status = status
+        if status.serving:
+            if self._model not in ("", status.model):
+                self._fail_all(UnavailableError("another model is served now: it cannot go on where this one was"))
+            self._model = status.model
         if status.serving and not self._takes_requests:
             self._takes_requests = self._may_return = True
             for item in list(self._open.values()):

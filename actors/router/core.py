@@ -128,6 +128,7 @@ class RouterCore:
             num_running=load.num_running,
             num_queued=load.num_queued,
             kv_used_fraction=load.kv_used_fraction,
+            model=self._pipeline.model,
         )
 
     def begin(self, now_s: float) -> None:
@@ -141,11 +142,6 @@ class RouterCore:
         if now_s >= self._next_chores_s:
             self._next_chores_s = now_s + CHORES_S
             self._chores(now_s)
-
-    def end(self) -> None:
-        """Ends all requests: the service stops."""
-        self._emit(self._scheduler.fail_all(_unavailable("the service is stopping")))
-        self._flush()
 
     # --- steps --------------------------------------------------------------------------------------------------------
 

@@ -113,7 +113,7 @@ class Router:
         return endpoint
 
     def stop(self) -> None:
-        """Ends the thread and closes the sockets; open requests are told UNAVAILABLE first."""
+        """Ends the thread and closes the sockets. Requests are not ended: ingresses bring them to the next router."""
         self._stopping.set()
         self._thread.join(timeout=10)
         self._channels.stop()
@@ -148,7 +148,6 @@ class Router:
                 while not self._channels.thoughts.empty():
                     self._core.on_proposal(self._channels.thoughts.get(), self._now_s())
                 self._core.turn(self._now_s())
-            self._core.end()
         except BaseException:
             log.exception("the router's thread failed")
             raise

@@ -46,6 +46,7 @@ _HELP = {
     "layout": "auto is what `corral plan` shows.",
     "attention_ranks": "Processes that hold KV cache and dense weights.",
     "expert_ranks": "Processes that hold experts.",
+    "attention_tp": "Ranks of one host that share one attention, each with a part of its heads and FFNs.",
     "expert_replicas": "Copies of every expert, on different ranks.",
     "kv_cache_bytes": "Per attention rank; 0 is what the memory leaves.",
     "gpu_memory_utilization": "Share of each GPU's memory to use.",

@@ -23,8 +23,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "1A+2E, two replicas": {"layout": "disaggregated", "expert_ranks": 2, "expert_replicas": 2},
     "colocated": {"layout": "colocated", "attention_ranks": 2},
     "colocated, one attention": {"layout": "colocated", "attention_tp": 2},
-    "colocated, one attention, replicas": {"layout": "colocated", "attention_tp": 2, "expert_replicas": 2,
-                                           "max_num_batched_tokens": 48},
+    "colocated, one attention, replicas": {
+        "layout": "colocated",
+        "attention_tp": 2,
+        "expert_replicas": 2,
+        "max_num_batched_tokens": 48,
+    },
 }
 
 

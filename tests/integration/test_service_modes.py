@@ -107,3 +107,20 @@ def test_metrics_are_there_for_prometheus(proxied: Service) -> None:
         time.sleep(1)
     assert proxied.metric("ray_corral_generated_tokens_total") >= 36
     assert proxied.metric("ray_corral_expert_tokens_total") > 0
+
+
+@pytest.mark.timeout(180)
+def test_a_killed_proxy_is_back_in_seconds_and_what_was_open_leaves_nothing(proxied: Service) -> None:
+    """Serve tells nobody that a proxy died: its requests run to their end."""
+    with grpc.insecure_channel(proxied.grpc_address) as channel:
+        call = inference_pb2_grpc.InferenceStub(channel).GenerateStream(generate(600), timeout=60)
+        next(call)
+        proxied.kill("ray::ProxyActor")
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert proxied.wait_healthy(20) < 20
+    ends_s = time.monotonic() + 45
+    while proxied.metric("ray_corral_requests_running") or proxied.metric("ray_corral_kv_used_fraction"):
+        assert time.monotonic() < ends_s, "a request of the proxy that died still runs"
+        time.sleep(1)

@@ -129,6 +129,23 @@ async def test_open_requests_go_on_at_the_next_router_from_the_tokens_that_came(
         await another.stop()
 
 
+async def test_open_requests_do_not_go_on_with_another_model() -> None:
+    async with connected() as (client, router, endpoints):
+        await router.set_status(RouterStatus(serving=True, detail="", model="one"))
+        await until(lambda: client.status.model == "one")
+        reading = asyncio.create_task(taken(client, request_of("a")))
+        await router.until(lambda: bool(router.submitted))
+        endpoints.clear()
+        await router.stop()
+        another = ScriptedRouter()
+        another.status = RouterStatus(serving=True, detail="", model="two")
+        endpoints.append(await another.start())
+        with pytest.raises(UnavailableError, match="another model"):
+            await reading
+        assert another.submitted == []
+        await another.stop()
+
+
 async def test_without_a_router_open_calls_end_when_patience_does() -> None:
     async with connected(patience_s=0.2) as (client, router, endpoints):
         reading = asyncio.create_task(taken(client, request_of("a")))

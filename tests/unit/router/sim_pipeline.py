@@ -83,6 +83,9 @@ class SimFleet:
         else:
             self._news.append(RankUp(rank=rank, endpoints=process.endpoints))
 
+    def has_room(self, roles: Sequence[Role]) -> bool:
+        return len(self._cluster.ranks) + len(self._cluster.starting) < self._cluster.most_ranks
+
     def kill(self, rank: int) -> None:
         self._cluster.kill(rank)
 
@@ -297,8 +300,11 @@ class Pipeline:
         self.num_attention = rng.choice((1, 1, 2, 3))
         self.num_experts_ranks = rng.choice((1, 2, 3))
         self.colocated = rng.random() < 0.2
+        if seed % 8 == 7:  # tensor-parallel attention: one unit of several ranks
+            self.colocated, self.num_experts_ranks = True, rng.choice((2, 3))
         if self.colocated:
             self.num_attention = self.num_experts_ranks
+        self.attention_tp = self.num_attention if seed % 8 == 7 else 1
         num_experts = rng.choice((4, 6))
         self.num_slots = -(-num_experts // self.num_experts_ranks) + rng.choice((0, 1, 2))
         self.replicas = rng.choice((1, 2)) if self.num_slots * self.num_experts_ranks >= 2 * num_experts else 1
@@ -313,7 +319,9 @@ class Pipeline:
         pages = RankPages(rng.choice((24, 40)), rng.choice((8, 16)))
         self.room = geometry.max_request_tokens(pages, self.limits.max_model_len)
         self.config = PipelineConfig(join_timeout_s=4.0, step_timeout_s=10.0)
-        self.bounds = ScalingConfig(upscale_delay_s=2.0, downscale_delay_s=5.0, rebalance_interval_s=3.0)
+        self.bounds = ScalingConfig(
+            upscale_delay_s=2.0, downscale_delay_s=5.0, rebalance_interval_s=3.0, slow_rank_s=2.0
+        )
         self.cluster = Cluster(
             self.world, pages, geometry, self.limits.max_num_seqs, self.moe_layers, num_experts,
             most_ranks=2 * (self.num_attention + self.num_experts_ranks) + 4,
@@ -330,11 +338,12 @@ class Pipeline:
         return Balancer(
             layout="colocated" if self.colocated else "disaggregated", moe_layers=self.moe_layers,
             num_experts=self.num_experts, num_slots=self.num_slots, replicas=self.replicas,
+            attention_tp=self.attention_tp,
         )  # fmt: skip
 
     def scaler(self) -> Autoscaler:
         layout = "colocated" if self.colocated else "disaggregated"
-        return Autoscaler(self.bounds, self.num_attention, self.num_experts_ranks, layout)
+        return Autoscaler(self.bounds, self.num_attention, self.num_experts_ranks, layout, self.attention_tp > 1)
 
     def start_router(self) -> None:
         self.router = SimRouter(self)

@@ -30,6 +30,7 @@ from actors.types import (
     Leave,
     Load,
     Loaded,
+    Pace,
     Prepare,
     Prepared,
     RankEndpoints,
@@ -78,6 +79,7 @@ class Faults:
     load_fails: float = 0.0
     load_corrupts: float = 0.0
     start_fails: float = 0.0
+    step_fails: float = 0.0  # on one rank, at its end, though all others finish it
     cut: set[frozenset[int]] = field(default_factory=set)  # pairs of ranks whose packets are lost
 
 
@@ -98,6 +100,7 @@ class SimRank:
         self.alive = True
         self.stopped = False
         self.slowness = 1.0
+        self.pace: Pace | None = None
         self.spec: RankSpec | None = None
         self.filled: dict[int, list[int]] = {}  # experts whose weights really lie in the slots
         self.corrupt: set[tuple[int, int]] = set()
@@ -152,7 +155,7 @@ class SimRank:
         self._heard_s = self.cluster.world.now_s
         match message:
             case Beat():
-                self.answer(Alive(rank=self.rank))
+                self.answer(Alive(rank=self.rank, pace=self.pace))
             case Attach():
                 slots = {layer: tuple(experts) for layer, experts in self.filled.items()}
                 self.answer(
@@ -204,6 +207,7 @@ class SimRank:
         in_use = self._own(self.epoch).slots if self.epoch and self.epoch.epoch > self.over else {}
         if self.spec is not None:
             assert self.spec.roles == message.spec.roles, "a rank never changes its roles"
+            assert self.spec.shard == message.spec.shard, "a rank never changes its shard"
         missing = self._missing(message.spec)
         for layer, slot in missing:
             used = in_use.get(layer, ())
@@ -225,7 +229,7 @@ class SimRank:
 
     def _loaded(self, epoch: int) -> Loaded:
         assert self.spec is not None
-        pages = self.cluster.pages if "attention" in self.spec.roles else RankPages(0)
+        pages = self._pages()
         proofs = {
             layer: tuple(
                 SlotProof(checksum=0, probe=0.0)
@@ -239,6 +243,15 @@ class SimRank:
             rank=self.rank, epoch=epoch, weight_bytes=1, page_tokens=self.cluster.geometry.page_tokens,
             global_pages=pages.global_pages, chunked_pages=pages.chunked_pages, proofs=proofs,
         )  # fmt: skip
+
+    def _pages(self) -> RankPages:
+        """KV room; of a unit's members the leader has most."""
+        assert self.spec is not None
+        if "attention" not in self.spec.roles:
+            return RankPages(0)
+        index, of = self.spec.shard
+        pages = self.cluster.pages
+        return RankPages(pages.global_pages + of - 1 - index, pages.chunked_pages + of - 1 - index)
 
     def _prepare(self, message: Prepare) -> None:
         self._in_task = False
@@ -292,9 +305,10 @@ class SimRank:
             self.epoch = epoch
             if message.fresh:
                 self.taken_step = 0
-                self.fake = FakeRank(self.cluster.pages, self.cluster.geometry, self.cluster.max_num_seqs)
+                self.fake = FakeRank(self._pages(), self.cluster.geometry, self.cluster.max_num_seqs)
             self._done(Joined(rank=self.rank, epoch=epoch.epoch))
 
+        self.cluster.check_units(epoch, self.rank, message.fresh)
         self.cluster.meet(self, ("join", epoch.epoch), epoch, 0.01, JOIN_TIMEOUT_S, joined)
 
     def _step(self, plan: StepPlan, epoch: Epoch) -> None:
@@ -306,6 +320,7 @@ class SimRank:
         assert plan.tokens_of_rank[epoch.position(self.rank)] == own
 
         def computed(well: bool) -> None:
+            self._count(sum(plan.tokens_of_rank), own)
             if not well:
                 self.leave()
                 self._done(Failed(rank=self.rank, epoch=epoch.epoch, problem="lost a peer"))
@@ -314,10 +329,21 @@ class SimRank:
 
         self.cluster.meet(self, ("step", epoch.epoch, plan.step), epoch, 0.003, GROUP_TIMEOUT_S, computed)
 
-    def _result(self, plan: StepPlan) -> StepResult:
-        assert plan.rank_plan is not None and self.fake is not None
+    def _count(self, num_tokens: int, num_own: int) -> None:
+        """A millisecond for the step, and a fifth of one per row: an expert rank has any share of the tokens."""
+        num_rows = num_own or self.cluster.world.rng.randint(0, num_tokens)
+        if num_rows:
+            before = self.pace or Pace(busy_us=0, num_steps=0, num_rows=0)
+            busy_us = before.busy_us + int((1000 + 200 * num_rows) * self.slowness)
+            self.pace = Pace(busy_us=busy_us, num_steps=before.num_steps + 1, num_rows=before.num_rows + num_rows)
+
+    def _result(self, plan: StepPlan) -> StepResult | None:
+        """A follower computes what its leader does, and answers nothing."""
+        assert plan.rank_plan is not None and self.fake is not None and self.spec is not None
         self.cluster.check_experts(self.epoch)
         tokens = self.fake.run(plan.rank_plan)
+        if not self.spec.leads:
+            return None
         return StepResult(
             rank=self.rank, epoch=plan.epoch, step=plan.step, tokens=tokens, elapsed_us=3000,
             expert_tokens=self.cluster.some_expert_tokens(sum(work.num_tokens for work in plan.rank_plan.work)),
@@ -348,6 +374,7 @@ class Cluster:
         self.starting: set[int] = set()
         self.skew = [1.0] * num_experts
         self._meetings: dict[Any, Meeting] = {}
+        self._told: dict[tuple[int, int], dict[int, bool]] = {}  # by epoch and unit: which member joins fresh
         self.on_up: Callable[[int], None] = lambda rank: None
         self.on_end: Callable[[int], None] = lambda rank: None
 
@@ -413,7 +440,8 @@ class Cluster:
         whole = len(meeting.arrived) == len(meeting.members) and all(rank in self.ranks for rank in meeting.members)
         for rank, then in sorted(meeting.arrived.items()):
             well = whole or (len(meeting.arrived) == len(meeting.members) and self.world.chance(0.5))
-            self._tell(rank, then, well)
+            fails = key[0] == "step" and self.faults.step_fails > 0 and self.world.chance(self.faults.step_fails)
+            self._tell(rank, then, well and not fails)
 
     def _break(self, key: Any) -> None:
         """A member is gone: all who wait fail, but some of them may have had everything already."""
@@ -446,6 +474,21 @@ class Cluster:
         for key, meeting in list(self._meetings.items()):
             if key[:2] == ("step", epoch.epoch) and process.rank not in meeting.arrived:
                 self.world.after(NOTICE_S, lambda key=key: self._break(key))  # type: ignore[misc]
+
+    def check_units(self, epoch: Epoch, rank: int, fresh: bool) -> None:
+        """Units are whole, their members are told the same, and those that keep requests all have all of them."""
+        spec = epoch.ranks[epoch.position(rank)]
+        if "attention" not in spec.roles:
+            return
+        members = {other.rank: other for other in epoch.ranks if other.unit == spec.unit}
+        assert {other.shard for other in members.values()} == {(i, len(members)) for i in range(len(members))}
+        assert members[spec.unit].leads and members[spec.unit].shard[0] == 0
+        told = self._told.setdefault((epoch.epoch, spec.unit), {})
+        told[rank] = fresh
+        assert len(set(told.values())) == 1, "a part of a unit keeps its requests"
+        if len(told) == len(members) > 1 and not fresh:
+            done = {self.ranks[other].taken_step for other in members if other in self.ranks}
+            assert len(done) == 1, "a member missed a step"
 
     def check_experts(self, epoch: Epoch | None) -> None:
         """Every expert that the epoch's routing table names is really there, and sound."""

@@ -291,3 +291,63 @@ def test_what_fails_is_tried_again_with_growing_pauses() -> None:
         pauses.append(now_s - began_s)
     assert pauses[0] == pytest.approx(0.1, abs=0.02) and pauses[-1] == pytest.approx(10.0, abs=0.02)
     assert pauses == sorted(pauses)
+
+
+# --- tensor-parallel attention ----------------------------------------------------------------------------------------
+
+
+def member(rank: int, index: int, leader: int = -1, experts: tuple[int, ...] = (0, 1)) -> RankSpec:
+    return RankSpec(rank=rank, roles=("attention", "expert"), slots={1: experts}, shard=(index, 2), leader=leader)
+
+
+def test_a_unit_keeps_its_requests_through_a_planned_change() -> None:
+    road = Road(member(0, 0), member(1, 1, 0)).up()
+    moved = (member(0, 0), member(1, 1, 0, (0, EMPTY_SLOT)))
+    actions = road.play(road.machine.want(Proposal(ranks=moved, why="replicas"), 101.0))
+    begin = next(action for action in actions if isinstance(action, BeginServing))
+    assert begin.kept == {0, 1}
+    assert [message.fresh for _, message in road.messages(Join)] == [False, False]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_unit_that_loses_a_member_begins_afresh(lost: int) -> None:
+    road = Road(member(0, 0), member(1, 1, 0)).up()
+    road.planner.recovered = lambda survivors, n: (
+        (member(0, 0), member(n, 1, 0)) if lost else (member(1, 1, n), member(n, 0))
+    )
+    actions = road.play(road.machine.lose(lost, "died", 101.0))
+    begin = next(action for action in actions if isinstance(action, BeginServing))
+    assert begin.kept == frozenset()
+    assert [message.fresh for _, message in road.messages(Join)] == [True, True]  # type: ignore[attr-defined]
+    assert begin.epoch.leaders() == ((0,) if lost else (2,))
+
+
+def test_a_unit_begins_afresh_where_nobody_knows_which_steps_its_members_have_finished() -> None:
+    road = Road(member(0, 0), member(1, 1, 0)).up()
+    actions = road.play(road.machine.break_epoch("a step got no answer", 101.0))
+    begin = next(action for action in actions if isinstance(action, BeginServing))
+    assert begin.kept == frozenset()
+
+
+def test_a_member_that_missed_a_step_may_say_so_while_the_next_epoch_is_joined() -> None:
+    """Its leader had answered that step, so all seemed well when the steps had drained."""
+    road = Road(member(0, 0), member(1, 1, 0)).up()
+    machine, old = road.machine, road.machine.epoch
+    assert old is not None
+    road.silent = {1}
+    road.play(machine.want(Proposal(ranks=(member(0, 0), member(1, 1, 0, (1, 0))), why="moves"), 101.0))
+    number = road.messages(Load)[0][1].epoch  # type: ignore[attr-defined]
+    road.play(
+        machine.on_loaded(Loaded(rank=1, epoch=number, weight_bytes=1, proofs={1: (RIGHT, RIGHT)}), 101.0)
+        + machine.on_prepared(Prepared(rank=1, epoch=number), 101.0)
+    )
+    assert "joining" in machine.detail()
+    late = Failed(rank=1, epoch=old.epoch, problem="lost a peer in the last step")
+    actions = road.play(machine.on_failed(late, 101.0))
+    assert Leave in [type(action.message) for action in actions if isinstance(action, Tell)]
+    road.silent = set()
+    road.told.clear()
+    actions = road.play(machine.tick(102.0))
+    begin = next(action for action in actions if isinstance(action, BeginServing))
+    assert begin.kept == frozenset()
+    assert [message.fresh for _, message in road.messages(Join)] == [True, True]  # type: ignore[attr-defined]

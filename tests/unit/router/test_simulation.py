@@ -25,9 +25,9 @@ DEADLINE_SLACK_S = 1.5
 def faults_of(p: Pipeline) -> list[tuple[float, Callable[[Pipeline], None]]]:
     """What goes wrong, when. Each heals by itself, in the end."""
     kinds = (
-        kill_a_rank, kill_a_rank, kill_two_ranks, stop_a_rank, stop_and_continue, slow_a_rank, cut_a_rank, kill_router,
-        kill_ingress, lose_connection, scale_experts, scale_attention, skew_the_load, fail_loads, corrupt_loads,
-        fail_starts,
+        kill_a_rank, kill_a_rank, kill_two_ranks, stop_a_rank, stop_and_continue, slow_a_rank, slow_a_rank_for_good,
+        cut_a_rank, kill_router, kill_ingress, lose_connection, scale_experts, scale_attention, skew_the_load,
+        fail_loads, corrupt_loads, fail_starts, fail_steps,
     )  # fmt: skip
     return [(p.rng.uniform(0.0, FAULTS_S), p.rng.choice(kinds)) for _ in range(p.rng.randint(0, 7))]
 
@@ -67,6 +67,12 @@ def slow_a_rank(p: Pipeline) -> None:
         process = p.cluster.ranks[rank]
         process.slowness = p.rng.choice((10.0, 100.0))
         p.world.after(8.0, lambda: setattr(process, "slowness", 1.0))
+
+
+def slow_a_rank_for_good(p: Pipeline) -> None:
+    rank = some_rank(p)
+    if rank is not None:
+        p.cluster.ranks[rank].slowness = 12.0
 
 
 def cut_a_rank(p: Pipeline) -> None:
@@ -124,6 +130,10 @@ def fail_starts(p: Pipeline) -> None:
     _for_a_while(p, "start_fails", 0.5)
 
 
+def fail_steps(p: Pipeline) -> None:
+    _for_a_while(p, "step_fails", 0.02)
+
+
 def run_schedule(seed: int) -> Pipeline:
     p = Pipeline(seed)
     begin_s = p.world.now_s + 15.0
@@ -154,6 +164,7 @@ def cancel_one(p: Pipeline) -> None:
 def heal(p: Pipeline) -> None:
     """Stopped processes stay stopped, killed ones dead: only the world around them is sound again."""
     p.cluster.faults.load_fails = p.cluster.faults.load_corrupts = p.cluster.faults.start_fails = 0.0
+    p.cluster.faults.step_fails = 0.0
     p.cluster.faults.cut.clear()
     for process in p.cluster.ranks.values():
         process.slowness = 1.0
@@ -230,6 +241,54 @@ def test_a_planned_change_long_after_the_start_fails_nobody(seed: int) -> None:
         p.run_until(p.world.now_s + 30.0)
     assert {client.ended for client in p.clients} <= {"stop", "length"}
     assert p.router is not None and p.router.machine.num_done >= 3
+
+
+@pytest.mark.parametrize("seed", [1, 4, 5, 7])
+def test_a_rank_that_stays_slow_is_replaced_and_no_client_sees_it(seed: int) -> None:
+    p = Pipeline(seed)
+    p.run_until(p.world.now_s + 15.0, lambda: all(front.takes_requests for front in p.fronts))
+    keep_busy(p, 20.0)
+    slow = p.rng.choice(sorted(p.cluster.ranks))
+    p.cluster.ranks[slow].slowness = 10.0
+    keep_busy(p, 40.0)
+    assert slow not in p.cluster.ranks
+    p.run_until(p.world.now_s + 30.0, lambda: is_over(p))
+    check(p)
+    assert p.router is not None
+    assert [record.why for record in p.router.machine.history if f"rank {slow} is slow" in record.why]
+
+
+def keep_busy(p: Pipeline, seconds: float) -> None:
+    """Somebody is always open, and the queue is never full."""
+    ends_s = p.world.now_s + seconds
+    while p.world.now_s < ends_s:
+        if sum(len(front.open) for front in p.fronts) < 4:
+            p.ask()
+        p.run_until(p.world.now_s + 0.02)
+
+
+@pytest.mark.parametrize("seed", [1, 3, 6])
+def test_requests_are_served_again_after_an_outage_that_was_given_up(seed: int) -> None:
+    """An attention rank outlives it, with steps that it never answered."""
+    p = Pipeline(seed)
+    assert not p.colocated
+    p.run_until(p.world.now_s + 15.0, lambda: all(front.takes_requests for front in p.fronts))
+    for _ in range(6):
+        p.ask()
+    p.run_until(p.world.now_s + 0.02)
+    p.cluster.faults.start_fails = 1.0
+    for rank in [rank for rank, process in p.cluster.ranks.items() if process.spec and "expert" in process.spec.roles]:
+        p.cluster.kill(rank)
+    p.run_until(p.world.now_s + p.config.recovery_timeout_s + 5.0)
+    assert all(client.ended for client in p.clients) and any(c.ended == "UnavailableError" for c in p.clients)
+    p.cluster.faults.start_fails = 0.0
+    assert p.router is not None
+    p.run_until(p.world.now_s + 60.0, lambda: p.router is not None and p.router.machine.serving)
+    late = len(p.clients)
+    for _ in range(6):
+        p.ask()
+    p.run_until(p.world.now_s + 30.0)
+    assert {client.ended for client in p.clients[late:]} <= {"stop", "length"}
 
 
 def failures_of(seeds: range) -> list[str]:
