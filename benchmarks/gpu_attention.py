@@ -2,14 +2,13 @@
 
 Every case is a CUDA graph of several layers, each with a cache of its own, so that no layer finds its keys and values
 in the second-level cache. Prints the median microseconds per layer, GB/s of the bytes that the kernel has to move, and
-their share of what a copy reaches in the same run; FlashInfer stands beside ours where it is installed.
+their share of what an elementwise kernel reaches in the same run; FlashInfer stands beside ours where it is installed.
 
-    python benchmarks/gpu_attention.py [--heads 40:8,10:2] [--batch 1,8,32,128,256] [--context 1024,2048] [--fp8-cache]
+    python -m benchmarks.gpu_attention [--heads 40:8,10:2] [--batch 1,8,32,128,256] [--context 1024,2048] [--fp8-cache]
 """
 
 import argparse
 import itertools
-import statistics
 from collections.abc import Callable
 
 import torch
@@ -20,6 +19,7 @@ from actors.kernels.decode_inputs import PageTable
 from actors.kernels.heads import Heads, store_heads
 from actors.kernels.norm import add_rms_norm
 from actors.kernels.prefill_attention import WORKSPACE_BYTES, PagedPrefill, PrefillRun, is_available
+from benchmarks.gpu_timing import memory_gb_per_s, time_us
 
 CUDA = torch.device("cuda")
 DTYPE = torch.bfloat16
@@ -29,36 +29,11 @@ PAGE_TOKENS = 16
 COLD_BYTES = 512 << 20  # what the layers of a graph read between them: ten second-level caches
 MAX_LAYERS = 256
 NUM_REPEATS = 48  # of the kernels whose data a layer finds in the second-level cache in a model, too
-REPLAYS = 9
 
 
-def graph_us(launch: Callable[[], None]) -> float:
-    """Median microseconds of `launch` in a graph."""
-    launch()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        launch()
-    times = []
-    for _ in range(REPLAYS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return statistics.median(times)
-
-
-def copy_gb_per_s() -> float:
-    source = torch.empty(2 << 30, dtype=torch.uint8, device=CUDA)
-    target = torch.empty_like(source)
-
-    def launch() -> None:
-        for _ in range(4):
-            target.copy_(source)
-
-    return 4 * 2 * source.nbytes / graph_us(launch) / 1e3
+def graph_us(launch: Callable[[], object]) -> float:
+    """Microseconds of one `launch` in a graph."""
+    return time_us([launch])
 
 
 class Case:
@@ -122,12 +97,12 @@ class Case:
         return launch
 
 
-def report(name: str, num_rows: int, context: str, us: float, num_bytes: float, copy: float) -> None:
+def report(name: str, num_rows: int, context: str, us: float, num_bytes: float, peak: float) -> None:
     rate = num_bytes / us / 1e3
-    print(f"{name:24} {num_rows:6} {context:>8} {us:10.1f} {rate:8.0f} {rate / copy:7.0%}", flush=True)
+    print(f"{name:24} {num_rows:6} {context:>8} {us:10.1f} {rate:8.0f} {rate / peak:7.0%}", flush=True)
 
 
-def compare_decode(heads: Heads, options: argparse.Namespace, copy: float) -> None:
+def compare_decode(heads: Heads, options: argparse.Namespace, peak: float) -> None:
     cache_dtype = torch.float8_e4m3fn if options.fp8_cache else DTYPE
     has_flashinfer = is_available(CUDA, DTYPE, HEAD_DIM)
     for num_rows, tokens in itertools.product(options.batch, options.context):
@@ -136,10 +111,10 @@ def compare_decode(heads: Heads, options: argparse.Namespace, copy: float) -> No
         for kind, make in kinds.items():
             us = graph_us(make()) / case.num_layers
             name = f"{kind} {heads.num_heads}:{heads.num_kv_heads}"
-            report(name, num_rows, str(tokens), us, case.kv_bytes, copy)
+            report(name, num_rows, str(tokens), us, case.kv_bytes, peak)
 
 
-def small_kernels(heads: Heads, options: argparse.Namespace, copy: float) -> None:
+def small_kernels(heads: Heads, options: argparse.Namespace, peak: float) -> None:
     """The norm with two additions, and rotation, norm and store, as a step of B tokens has them in every layer."""
     for num_rows in (*options.batch, 8192):
         h_TD, a_TD, b_TD = torch.randn(3, num_rows, HIDDEN, device=CUDA).to(DTYPE)
@@ -151,7 +126,7 @@ def small_kernels(heads: Heads, options: argparse.Namespace, copy: float) -> Non
             for _ in range(NUM_REPEATS):
                 add_rms_norm(h_TD, deltas, weight_D, 1e-5)
 
-        report("add_rms_norm", num_rows, "-", graph_us(norm) / NUM_REPEATS, 5 * h_TD.nbytes, copy)
+        report("add_rms_norm", num_rows, "-", graph_us(norm) / NUM_REPEATS, 5 * h_TD.nbytes, peak)
         num_all = heads.num_heads + 2 * heads.num_kv_heads
         qkv_TN = torch.randn(num_rows, num_all * HEAD_DIM, device=CUDA).to(DTYPE)
         tokens_NHd = torch.empty(num_rows, 2 * heads.num_kv_heads, HEAD_DIM, dtype=DTYPE, device=CUDA)
@@ -169,7 +144,7 @@ def small_kernels(heads: Heads, options: argparse.Namespace, copy: float) -> Non
             "-",
             graph_us(store) / NUM_REPEATS,
             moved,
-            copy,
+            peak,
         )
 
 
@@ -202,14 +177,14 @@ def main() -> None:
     parser.add_argument("--context", type=_numbers, default=(1024, 2048))
     parser.add_argument("--fp8-cache", action="store_true")
     options = parser.parse_args()
-    copy = copy_gb_per_s()
-    print(f"{torch.cuda.get_device_name()}: copy {copy:.0f} GB/s")
-    print(f"{'kernel':24} {'B':>6} {'context':>8} {'us':>10} {'GB/s':>8} {'of copy':>7}")
+    peak = memory_gb_per_s()
+    print(f"{torch.cuda.get_device_name()}: memory {peak:.0f} GB/s")
+    print(f"{'kernel':24} {'B':>6} {'context':>8} {'us':>10} {'GB/s':>8} {'share':>7}")
     for pair in options.heads.split(","):
         num_heads, num_kv_heads = map(int, pair.split(":"))
         heads = Heads(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=HEAD_DIM, qk_norm_eps=1e-5)
-        compare_decode(heads, options, copy)
-        small_kernels(heads, options, copy)
+        compare_decode(heads, options, peak)
+        small_kernels(heads, options, peak)
         if is_available(CUDA, DTYPE, HEAD_DIM):
             prefill(heads)
 

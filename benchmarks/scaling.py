@@ -148,11 +148,11 @@ class Wave:
 
 def attention_wave(engine: Engine, items: list[Item], streams: int, wanted: int) -> Wave:
     """`streams` clients until `wanted` attention ranks serve, and for MEASURE_S after that."""
-    began_s = time.monotonic()
+    began_s = time.perf_counter()
     arrived_s: list[float] = []
 
     def goes_on() -> bool:
-        now_s = time.monotonic()
+        now_s = time.perf_counter()
         if not arrived_s and num_attention(engine) == wanted:
             arrived_s.append(now_s - began_s)
         if not arrived_s and now_s - began_s > CHANGE_TIMEOUT_S:
@@ -160,8 +160,8 @@ def attention_wave(engine: Engine, items: list[Item], streams: int, wanted: int)
         return not arrived_s or now_s - began_s < arrived_s[0] + MEASURE_S
 
     done = engine.run_closed_loop(items, streams, goes_on)
-    settled_s = time.perf_counter() - MEASURE_S
-    tokens = sum(token_s > settled_s for _, trace in done for token_s in trace.token_s)
+    settled_s = began_s + arrived_s[0]
+    tokens = sum(0 < token_s - settled_s < MEASURE_S for _, trace in done for token_s in trace.token_s)
     return Wave(done, tokens / MEASURE_S, arrived_s[0])
 
 
@@ -178,6 +178,7 @@ def follow_the_load(directory: Path) -> dict[str, Any]:
         items = workload()
         expected = [trace.token_ids for trace in engine.run(items[:SEATS]) + engine.run(items[SEATS:])]
         while num_attention(engine) > 1:  # the queue of those who were asked at once may have brought a second one
+            engine.status()  # which says that we live
             time.sleep(0.5)
         few, many, few_again = (attention_wave(engine, items, streams, wanted)
                                 for streams, wanted in ((SEATS // 4, 1), (STREAMS, 2), (SEATS // 4, 1)))  # fmt: skip

@@ -82,7 +82,7 @@ class DecodeSteps:
         self._last_tokens_S = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._dispatch: Dispatch | None = None
         self._brings_tokens: Sequence[bool] = (True,)
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._pool: Any = None
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._rows: dict[int, DecodeRows] = {}
         self._logits_BV = model.empty_logits(max_rows)  # of every graph: they run one after another
@@ -96,6 +96,7 @@ class DecodeSteps:
         self._last_tokens_S = last_tokens_S
         self._graphs.clear()
         self._rows.clear()
+        self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None  # it ends with its graphs
 
     def capture_all(self) -> None:
         """Captures all graphs, largest first, so that the others fit into the memory that it took."""

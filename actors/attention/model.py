@@ -22,9 +22,7 @@ from actors.dispatch.contract import Dispatch
 from actors.dispatch.tensor_parallel import ALONE, TensorParallel
 from actors.kernels.linear import swiglu_ffn
 from actors.kernels.norm import add_rms_norm
-from actors.kernels.route import choose_experts, gate_logits
-
-NO_EXPERT = -1  # a padding row's expert id
+from actors.kernels.route import choose_experts
 
 
 def ffn(x_TD: Tensor, weights: DenseFfn) -> Tensor:
@@ -48,10 +46,11 @@ class Gate:
         self._experts_per_token = config.experts_per_token
         self._is_uniform = routing == "uniform"
 
-    def __call__(self, x_TD: Tensor, router_ED: Tensor, lot_T: Tensor | None) -> Choice:
+    def __call__(
+        self, x_TD: Tensor, router_ED: Tensor, lot_T: Tensor | None, padding_T1: Tensor | None = None
+    ) -> Choice:
         """top-k on raw logits, then the sigmoid of the chosen; nothing is renormalised. `lot_T`: see `draw_lots`."""
-        logits_TE = gate_logits(x_TD, router_ED)
-        return Choice(*choose_experts(logits_TE, self._experts_per_token, x_TD.dtype, lot_T))
+        return Choice(*choose_experts(x_TD, router_ED, self._experts_per_token, lot_T, padding_T1))
 
     def draw_lots(self, positions_T: Tensor) -> Sequence[Tensor | None]:
         """For each MoE layer: None, or with uniform routing a number per row that stands for a random expert."""
@@ -120,7 +119,7 @@ class AttentionModel:
             if isinstance(layer.ffn, DenseFfn):
                 deltas = (ffn(x_TD, layer.ffn),)
             else:
-                choice = self._choose(i, x_TD, next(lots), padding_T1)
+                choice = self._gate(x_TD, self._routers[i], next(lots), padding_T1)
                 chosen.append(choice.expert_ids_TK)
                 deltas = self._moe(i, x_TD, layer.ffn, choice, dispatch)
         self._count(chosen)
@@ -172,12 +171,6 @@ class AttentionModel:
             return {}
         self._arriving = None
         return {layer: tuple(row) for layer, row in zip(self._config.moe_layers, counts_ME.tolist(), strict=True)}
-
-    def _choose(self, i: int, x_TD: Tensor, lot_T: Tensor | None, padding_T1: Tensor | None) -> Choice:
-        choice = self._gate(x_TD, self._routers[i], lot_T)
-        if padding_T1 is None:
-            return choice
-        return Choice(choice.expert_ids_TK.masked_fill(padding_T1, NO_EXPERT), choice.scores_TK)
 
     def _moe(self, i: int, x_TD: Tensor, moe: MoeGate, choice: Choice, dispatch: Dispatch) -> tuple[Tensor, Tensor]:
         """What the shared and the routed experts add to the hidden states."""

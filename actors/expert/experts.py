@@ -32,7 +32,7 @@ class LayerExperts:
         if x_ND.shape[0] == 0:
             return x_ND.new_empty(x_ND.shape)
         if self._is_on_gpu:
-            return self._run_placed(x_ND, slots_N, None, None)
+            return self._run_placed(x_ND, slots_N.contiguous(), None, None)  # they may lie between rows
         if x_ND.shape[0] == 1:
             return self._run_slots(x_ND, [int(slots_N)], [1])
         slots, counts = _host_groups(slots_N)

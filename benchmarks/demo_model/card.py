@@ -21,6 +21,8 @@ from actors.config import PipelineConfig
 from benchmarks.demo_model.examples import HELD_OUT_SPLITS
 from benchmarks.demo_model.families import FAMILIES
 from benchmarks.demo_model.pictures import expert_map, loss_curve
+from benchmarks.demo_model.quality import ALL_FP8, ALL_INT4, EXACT
+from benchmarks.demo_model.quality import NAME as QUALITY
 from benchmarks.demo_model.score import LISTED_FROM, NAME
 from benchmarks.demo_model.shape import DIRECTORY
 from benchmarks.demo_model.tokens import Encoder
@@ -45,6 +47,7 @@ def expert_loads(directory: Path) -> dict[str, list[list[float]]]:
     for family in FAMILIES.values():
         for _ in range(_QUESTIONS_OF_MAP):
             model.logits(encoder.encode(family.make(draw, "phrasings").messages)[0])
+        model.attention.request_expert_tokens()
         tokens_ME = torch.tensor(list(model.attention.take_expert_tokens().values()), dtype=torch.float64)
         loads[family.name] = _multiples(tokens_ME)
         everything_ME += tokens_ME / tokens_ME.sum()
@@ -77,9 +80,15 @@ def _score_rows(results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             yield family.title, *("" if score is None else f"{100 * score:.1f}" for score in scores)
 
 
+def _perplexity_change(quality: dict[str, Any]) -> str:
+    change = quality["perplexity_change_percent"]
+    return f"{change['value']:.2f} ± {change['standard_error']:.2f}"
+
+
 def write_card(directory: Path) -> None:
     """Writes README.md, loss.svg and experts.svg into `directory`."""
     log, results = log_lines(), json.loads((RESULTS / f"{NAME}.json").read_text())
+    qualities = json.loads((RESULTS / f"{QUALITY}.json").read_text())["forms"]
     losses = [line for line in log if "loss" in line]
     loads = expert_loads(directory)
     (directory / "loss.svg").write_text(loss_curve([row["step"] for row in losses], [row["loss"] for row in losses]))
@@ -98,6 +107,9 @@ def write_card(directory: Path) -> None:
         most=f"{max(everything):.2f}",
         most_of_family=f"{max(share for load in loads.values() for layer in load for share in layer):.1f}",
         questions=next(iter(results.values()))["questions"],
+        perplexity=f"{qualities[EXACT]['perplexity']:.3f}",
+        fp8_change=_perplexity_change(qualities[ALL_FP8]),
+        int4_change=_perplexity_change(qualities[ALL_INT4]),
         examples=table(("family", "a held-out question", "the expected answer"), list(_example_rows())),
         scores=table(header, list(_score_rows(results))),
     )

@@ -1,116 +1,110 @@
 """Perplexity of held-out answers under the served forward: the yardstick for anything that changes the arithmetic.
 
-    python -m benchmarks.demo_model.perplexity                  the demonstration model in float32
-    python -m benchmarks.demo_model.perplexity --dtype bfloat16 --label bfloat16
-    python -m benchmarks.demo_model.perplexity DIRECTORY --label "FP8 experts"
-
-Owns what is measured: the mean loss of the expected answers' tokens, given the question and the answer so far, and how
-many answers the greedy choice would give token by token. Finer than scores: a score of 100 % still has a perplexity.
+Owns what is measured: the loss of the expected answers' tokens, given the question and the answer so far, and how far
+the distributions over the next token are from those of another model; and how certain means over documents are. Knows
+nothing of which models there are. Finer than scores: a score of 100 % still has a perplexity.
 """
 
-import json
 import math
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
-from typing import Any
 
-import click
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the name that everybody knows)
 
 from actors.attention.local_model import LocalModel
-from actors.config import PipelineConfig
 from benchmarks.demo_model.families import FAMILIES
-from benchmarks.demo_model.shape import DIRECTORY
 from benchmarks.demo_model.tokens import Encoder
-from benchmarks.report import RESULTS, preamble, table, write
-
-NAME = "demo-model-perplexity"
 
 _SEED = 12
-_CACHE_BYTES = 64 << 20
 
 
-@dataclass(slots=True)
-class Tally:
-    """Sums over the answers of a family."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """A held-out question with its expected answer: the tokens from `answer_start` on."""
 
-    loss: float = 0.0
-    num_tokens: int = 0
-    num_answers: int = 0
-    num_exact: int = 0
+    family: str
+    ids: tuple[int, ...]
+    answer_start: int
 
-    def add(self, logits_TV: Tensor, ids_T: Tensor) -> None:
-        """An answer: what each of its tokens was predicted from, and the tokens."""
-        self.loss += F.cross_entropy(logits_TV, ids_T, reduction="sum").item()
-        self.num_tokens += len(ids_T)
-        self.num_answers += 1
-        self.num_exact += bool((logits_TV.argmax(dim=1) == ids_T).all())
-
-    def __add__(self, other: "Tally") -> "Tally":
-        return Tally(
-            self.loss + other.loss,
-            self.num_tokens + other.num_tokens,
-            self.num_answers + other.num_answers,
-            self.num_exact + other.num_exact,
-        )
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(self.loss / self.num_tokens)
+    def logits(self, model: LocalModel) -> Tensor:
+        """fp32 [T, V]: what each token of the answer is predicted from."""
+        return model.logits(self.ids[:-1])[self.answer_start - 1 :]
 
 
-def measure(model: LocalModel, encoder: Encoder, num_questions: int) -> dict[str, Tally]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """Sums over the tokens of one answer."""
+
+    family: str
+    num_tokens: int
+    loss: float  # nats
+    divergence: float  # Kullback-Leibler from the reference's distributions, nats
+    num_same: int  # tokens at which the likeliest one is the reference's
+    overturned: float  # of the others: by how much probability, at most, the reference preferred its own likeliest one
+    is_exact: bool  # whether greedy decoding would give the expected answer
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """A mean over tokens, and its standard error over documents."""
+
+    value: float
+    error: float
+
+
+def draw_documents(encoder: Encoder, num_of_each: int) -> list[Document]:
     """Held-out phrasings (and operands) of every family, the same for every model."""
-    draw, tallies = Random(_SEED), {}
+    draw, documents = Random(_SEED), []
     for family in FAMILIES.values():
-        tally = tallies[family.name] = Tally()
-        for _ in range(num_questions):
+        for _ in range(num_of_each):
             example = family.make(draw, "phrasings")
             ids, _ = encoder.encode(example.messages)
             start = len(encoder.encode_prompt(example.prompt))
-            logits_TV = model.logits(ids[:-1])
-            tally.add(logits_TV[start - 1 :], torch.tensor(ids[start:]))
-    return tallies
+            documents.append(Document(family=family.name, ids=tuple(ids), answer_start=start))
+    return documents
 
 
-def report(results: dict[str, Any]) -> str:
-    """The table of all labels."""
-    rows = [
-        [name, *(f"{run['perplexity'][name]:.5f}" for run in results.values())]
-        for name in next(iter(results.values()))["perplexity"]
-    ]
-    exact = ["answers exact, %", *(f"{run['exact_percent']:.1f}" for run in results.values())]
-    asked = " and ".join(sorted({str(run["questions"]) for run in results.values()}))
-    return (
-        f"{preamble('Demonstration model: perplexity of held-out answers')}\n"
-        f"{asked} held-out questions of each family, under the served forward in one process. Stories are the model's "
-        f"free choice, so none of theirs counts as exact.\n\n{table(['family', *results], [*rows, exact])}\n"
+def score(document: Document, logits_TV: Tensor, reference_TV: Tensor) -> Score:
+    """The answer under logits of two models, each as `Document.logits` gives them."""
+    ids_T = torch.tensor(document.ids[document.answer_start :])
+    ours_TV, theirs_TV = F.log_softmax(logits_TV.double(), dim=1), F.log_softmax(reference_TV.double(), dim=1)
+    best_T, reference_best_T = logits_TV.argmax(dim=1), reference_TV.argmax(dim=1)
+    preferred_T2 = theirs_TV.exp().gather(1, torch.stack((reference_best_T, best_T), dim=1))
+    return Score(
+        family=document.family,
+        num_tokens=len(ids_T),
+        loss=F.nll_loss(ours_TV, ids_T, reduction="sum").item(),
+        divergence=F.kl_div(ours_TV, theirs_TV, reduction="sum", log_target=True).item(),
+        num_same=int((best_T == reference_best_T).sum()),
+        overturned=(preferred_T2[:, 0] - preferred_T2[:, 1]).max().item(),
+        is_exact=bool((best_T == ids_T).all()),
     )
 
 
-@click.command()
-@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path), default=DIRECTORY)
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
-@click.option("--label", default="float32", show_default=True, help="What is measured: the column's name.")
-@click.option("--questions", type=click.IntRange(min=1), default=100, show_default=True, help="Of each family.")
-def main(directory: Path, dtype: str, label: str, questions: int) -> None:
-    """Measure DIRECTORY, a checkpoint with the demonstration model's tokenizer."""
-    pipeline = PipelineConfig.parse({"model": str(directory), "dtype": dtype, "kv_cache_bytes": _CACHE_BYTES})
-    tallies = measure(LocalModel.load(pipeline), Encoder.load(directory), questions)
-    everything = sum(tallies.values(), Tally())
-    file = RESULTS / f"{NAME}.json"
-    results = json.loads(file.read_text()) if file.exists() else {}
-    results[label] = {
-        "questions": questions,
-        "perplexity": {name: tally.perplexity for name, tally in (tallies | {"all": everything}).items()},
-        "exact_percent": 100 * everything.num_exact / (everything.num_answers - tallies["stories"].num_answers),
-    }
-    write(NAME, report(results), results)
-    click.echo(report(results))
+def perplexity(scores: Sequence[Score]) -> float:
+    """Of the answers' tokens, each of which counts alike."""
+    return math.exp(sum(s.loss for s in scores) / sum(s.num_tokens for s in scores))
 
 
-if __name__ == "__main__":
-    main()
+def mean_per_token(scores: Sequence[Score], sums: Sequence[float]) -> Mean:
+    """The mean of what has these sums over each document's tokens.
+
+    Documents are drawn anew, as many of each family; so what differs between families is no error. Source: the
+    linearized variance of a ratio of totals in a stratified sample (Cochran, Sampling Techniques, 1977, section 6.11).
+    """
+    num_tokens = sum(s.num_tokens for s in scores)
+    mean = sum(sums) / num_tokens
+    excess = defaultdict(list)
+    for s, total in zip(scores, sums, strict=True):
+        excess[s.family].append(total - mean * s.num_tokens)
+    variance = sum(len(values) * torch.tensor(values, dtype=torch.float64).var().item() for values in excess.values())
+    return Mean(mean, math.sqrt(variance) / num_tokens)
+
+
+def loss_change(scores: Sequence[Score], reference: Sequence[Score]) -> Mean:
+    """Nats per token by which the loss is above that of the reference on the same documents, in pairs."""
+    return mean_per_token(scores, [s.loss - r.loss for s, r in zip(scores, reference, strict=True)])

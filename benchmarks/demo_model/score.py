@@ -1,7 +1,7 @@
 """Scores of the demonstration model on held-out questions, through the HTTP API of a running service.
 
     corral serve --detach && python -m benchmarks.demo_model.score
-    python -m benchmarks.demo_model.fp8 /tmp/demo-fp8 && corral serve /tmp/demo-fp8 --detach
+    python -m benchmarks.demo_model.quantize fp8 /tmp/demo-fp8 && corral serve /tmp/demo-fp8 --detach
     python -m benchmarks.demo_model.score --label "FP8 experts"
 
 Owns asking and counting; what is right is the families' business. Scores of several labels are kept side by side in

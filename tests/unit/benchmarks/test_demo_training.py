@@ -1,6 +1,7 @@
 """Packing, the run and its state, and counting what is right."""
 
 import json
+import shutil
 from pathlib import Path
 from random import Random
 from xml.etree import ElementTree
@@ -8,20 +9,20 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from demo_small import SMALL, load
+from demo_small import SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.attention.local_model import LocalModel
 from actors.checkpoint.config import read_model_config
 from actors.checkpoint.shapes import shape_config
+from benchmarks.demo_model import card
 from benchmarks.demo_model.corpus import ROWS_OF_PART, Packer, Rows, make_part
 from benchmarks.demo_model.examples import ask
 from benchmarks.demo_model.families import FAMILIES
-from benchmarks.demo_model.fp8 import write_fp8
 from benchmarks.demo_model.heldout import HeldOut
 from benchmarks.demo_model.model import forward
-from benchmarks.demo_model.perplexity import measure
+from benchmarks.demo_model.perplexity import draw_documents, perplexity, score
 from benchmarks.demo_model.pictures import expert_map, loss_curve
 from benchmarks.demo_model.score import Answer, Question, count, draw_questions, report
 from benchmarks.demo_model.shape import DIRECTORY
@@ -157,9 +158,11 @@ def test_held_out_answers_are_counted_by_family(encoder: Encoder) -> None:
 
 def test_the_trained_model_knows_and_its_experts_matter(trained: LocalModel, encoder: Encoder) -> None:
     """Perplexity near 1 everywhere but in stories; with every expert's tokens sent to the next one, far from it."""
-    tallies = measure(trained, encoder, 2)
-    exact = sum(tally.num_exact for name, tally in tallies.items() if name != "stories")
-    assert exact >= 20 and all(tally.perplexity < 1.5 for tally in tallies.values())
+    documents = draw_documents(encoder, 2)
+    logits = [document.logits(trained) for document in documents]
+    scores = [score(document, logits_TV, logits_TV) for document, logits_TV in zip(documents, logits, strict=True)]
+    assert sum(s.is_exact for s in scores if s.family != "stories") >= 20
+    assert all(perplexity([s for s in scores if s.family == name]) < 1.5 for name in FAMILIES)
     weights, config = read_weights(DIRECTORY), read_model_config(DIRECTORY)
     ids, is_target = encoder.encode(FAMILIES["llama4"].make(Random(1), "phrasings").messages)
 
@@ -175,15 +178,6 @@ def test_the_trained_model_knows_and_its_experts_matter(trained: LocalModel, enc
     assert right < 0.01 < loss()
 
 
-def test_fp8_experts_are_read_back_and_stay_near(tmp_path: Path, trained: LocalModel) -> None:
-    write_fp8(DIRECTORY, tmp_path / "fp8")
-    quantized = load(tmp_path / "fp8")
-    assert quantized.config.quantized == "fp8"
-    ids = list(range(40, 100))
-    difference = (quantized.logits(ids) - trained.logits(ids)).abs()
-    assert 0 < difference.mean() < 0.3
-
-
 def test_scores_are_counted_and_shown() -> None:
     questions = draw_questions(2)
     assert questions == draw_questions(2) and not [q for q in questions if q.split == "train"]
@@ -195,6 +189,15 @@ def test_scores_are_counted_and_shown() -> None:
     table = report({"bfloat16": run})
     assert "| 0.0 % | 0.0 % |" in table and "|  | 100.0 % |" in table  # units; facts have no operands
     assert Question("operands", questions[0].example).label == f"{questions[0].example.family}/operands"
+
+
+def test_the_card_is_what_its_program_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the experts' load, of which fewer questions are asked here."""
+    monkeypatch.setattr(card, "_QUESTIONS_OF_MAP", 1)
+    shutil.copytree(DIRECTORY, tmp_path / "demo")
+    card.write_card(tmp_path / "demo")
+    written, kept = (set((folder / "README.md").read_text().splitlines()) for folder in (tmp_path / "demo", DIRECTORY))
+    assert all("times an equal share" in line for line in written ^ kept)
 
 
 def test_pictures_are_drawings() -> None:
