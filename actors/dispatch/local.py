@@ -8,17 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from actors.dispatch.beside import ExpertsBeside, RoutedReceipt
 from actors.dispatch.contract import ExpertCompute, Receipt, RoutingTable
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceReceipt:
-    """What came, as it came: a GPU scales, sorts and quantizes rows in one kernel, and puts them back in another."""
-
-    x_TD: Tensor
-    expert_ids_TK: Tensor
-    scores_TK: Tensor
-    layer: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +23,7 @@ class LocalReceipt:
 
 
 class LocalDispatch:
-    """Hands tokens to the experts of this process; they are computed in `combine`.
+    """Hands tokens to the experts of this process.
 
     Raises ValueError if the routing table names more than one rank.
     """
@@ -43,6 +34,7 @@ class LocalDispatch:
             raise ValueError(f"experts are spread over ranks {ranks.tolist()}; local dispatch reaches one")
         self.is_capturable = True
         self._experts = experts
+        self._beside = ExpertsBeside(experts, routing.slots_MER.device)
         # Replicas inside one process share its speed: the first one serves.
         self._slots_of_layer = dict(zip(routing.layers, routing.slots_MER[:, :, 0].contiguous(), strict=True))
 
@@ -58,8 +50,8 @@ class LocalDispatch:
             self._slots_of_layer[layer].copy_(slots_E)
 
     def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, scores_TK: Tensor, layer: int) -> Receipt:
-        if x_TD.is_cuda:
-            return DeviceReceipt(x_TD, expert_ids_TK, scores_TK, layer)
+        if x_TD.is_cuda:  # which scales, sorts and quantizes rows in one kernel, and puts them back in another
+            return self._beside.start(layer, x_TD, expert_ids_TK, scores_TK, self._slots_of_layer[layer])
         K = expert_ids_TK.shape[1]
         ids_N = expert_ids_TK.flatten()
         slots_N = self._slots_of_layer[layer].index_select(0, ids_N.clamp(min=0)).masked_fill_(ids_N < 0, -1)
@@ -67,9 +59,8 @@ class LocalDispatch:
         return LocalReceipt(rows_ND, slots_N, layer, K)
 
     def combine(self, receipt: Receipt) -> Tensor:
-        if isinstance(receipt, DeviceReceipt):
-            layer, slot_of_E = receipt.layer, self._slots_of_layer[receipt.layer]
-            return self._experts.routed(layer, receipt.x_TD, receipt.expert_ids_TK, receipt.scores_TK, slot_of_E)
+        if isinstance(receipt, RoutedReceipt):
+            return self._beside.finish(receipt)
         assert isinstance(receipt, LocalReceipt), "receipts belong to the dispatch that made them"
         y_ND = self._experts(receipt.layer, receipt.rows_ND, receipt.slots_N)
         K = receipt.experts_per_token

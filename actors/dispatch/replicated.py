@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from actors.dispatch.beside import ExpertsBeside, RoutedReceipt
 from actors.dispatch.contract import ExpertCompute, Receipt
 from actors.kernels.holders import choose_slots
 from actors.types import EMPTY_SLOT
@@ -22,17 +23,6 @@ Slots = Mapping[int, Mapping[int, tuple[int, ...]]]
 """Position in the epoch -> MoE layer -> expert of each slot."""
 
 MAX_SMALL_ROWS = 256  # of a step whose time is that of reading weights
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicatedReceipt:
-    """Tokens, and where they go: `keys_TK` are what `slot_of_key` gives a slot here, or -1; -1 keys are padding."""
-
-    x_TD: Tensor
-    keys_TK: Tensor
-    scores_TK: Tensor
-    slot_of_key: Tensor
-    layer: int
 
 
 class ReplicatedDispatch:
@@ -52,7 +42,7 @@ class ReplicatedDispatch:
         max_small_rows: int = MAX_SMALL_ROWS,
     ) -> None:
         self.is_capturable = True
-        self._experts = experts
+        self._beside = ExpertsBeside(experts, device)
         self._layers = tuple(moe_layers)
         self._num_experts = num_experts
         self._num_ranks = len(slots_of_position)
@@ -72,7 +62,8 @@ class ReplicatedDispatch:
     def end_step(self) -> None:
         """Has sent nothing: what is lost, the sums lose."""
 
-    def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, scores_TK: Tensor, layer: int) -> ReplicatedReceipt:
+    def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, scores_TK: Tensor, layer: int) -> RoutedReceipt:
+        """Keys are what `slot_of_key` gives a slot here, or -1; keys of -1 are padding."""
         layer_idx = self._index[layer]
         if not self._has_spare:
             keys_TK, slot_of_key = expert_ids_TK, self._tables.own_MEW[layer_idx, :, 0]
@@ -82,13 +73,12 @@ class ReplicatedDispatch:
             slot_of_key = choose_slots(ids_N, tables.holders_ME[layer_idx], tables.own_MEW[layer_idx])
         else:
             keys_TK, slot_of_key = self._turns(layer_idx, expert_ids_TK), self._tables.by_turn_MEW[layer_idx].flatten()
-        return ReplicatedReceipt(x_TD, keys_TK, scores_TK, slot_of_key, layer)
+        return self._beside.start(layer, x_TD, keys_TK, scores_TK, slot_of_key)
 
     def combine(self, receipt: Receipt) -> Tensor:
         """This rank's part of y_TD: zeros for tokens whose experts are all elsewhere."""
-        assert isinstance(receipt, ReplicatedReceipt), "receipts belong to the dispatch that made them"
-        r = receipt
-        return self._experts.routed(r.layer, r.x_TD, r.keys_TK, r.scores_TK, r.slot_of_key)
+        assert isinstance(receipt, RoutedReceipt), "receipts belong to the dispatch that made them"
+        return self._beside.finish(receipt)
 
     def _turns(self, layer_idx: int, expert_ids_TK: Tensor) -> Tensor:
         """[T, K]: expert * W + the holder whose turn it is. Layers begin with another one."""

@@ -1,7 +1,8 @@
 """Attention of one token per request over paged keys and values, with all lengths on the device.
 
-Owns how a context is split among programs and joined again. The grid follows from the number of rows alone, so that a
-captured graph serves every length. Knows nothing of weights, nor of who granted the pages.
+Owns how contexts are split among programs and joined again. The grid follows from the number of rows alone, and every
+program finds its own work from all rows' lengths, so that a captured graph serves every length. Knows nothing of
+weights, nor of who granted the pages.
 """
 
 import math
@@ -15,28 +16,11 @@ from actors.kernels.decode_inputs import PageTable
 from actors.kernels.heads import Heads
 from actors.kernels.triton_here import HAS_TRITON, tl, triton
 
-MAX_SPLITS = 64
-PROGRAMS_PER_SM = 4
-FULL_SPLITS = 8  # however many rows there are: one long context among short ones should not be one program's work
-FULL_KEYS = 512  # keys that are worth a program of their own where rows alone fill the device
-_FEW_SPLITS = 16  # two compiled forms: rows of at most this many, and of at most MAX_SPLITS
+PROGRAMS_PER_SM = 2  # as many as there is shared memory for: a share is what one of them reads if lengths are equal
+LEAST_KEYS = 128  # that are worth a program of their own
+_ROW_BLOCKS = (16, 256, 1024)  # compiled forms: rows whose lengths every program reads, to find its own work
+_JOINED_VALUES = 8192  # read at once by a program that joins
 _LOG2_E = 1.4426950408889634
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SplitPlan:
-    """At most `count` programs share a row's keys of one kv head; no one of them gets fewer than `least_keys`."""
-
-    count: int
-    least_keys: int
-
-
-def plan_splits(num_rows: int, num_kv_heads: int, num_sms: int) -> SplitPlan:
-    """Enough programs to fill the device, by the number of rows alone."""
-    wanted = -(-PROGRAMS_PER_SM * num_sms // max(1, num_rows * num_kv_heads))
-    if wanted < FULL_SPLITS:
-        return SplitPlan(count=FULL_SPLITS, least_keys=FULL_KEYS)
-    return SplitPlan(count=min(MAX_SPLITS, wanted), least_keys=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,18 +41,18 @@ class DecodeContext:
 class DecodeScratch:
     """What the programs of a row leave for the one that joins them; shared by all layers, one launch after another.
 
-    The counters are zero between launches. Launches that may overlap need a scratch each.
+    All rows' keys are dealt in `num_shares` about equal shares for each kv head, but none of several rows: at most
+    `num_shares + max_rows` pieces. The counters are zero between launches. Launches that may overlap need a scratch
+    each. At most 1024 rows.
     """
 
-    def __init__(self, heads: Heads, max_rows: int, device: torch.device) -> None:
-        self.num_sms = _num_sms(device)
-        partials = max(
-            num_rows * plan_splits(num_rows, heads.num_kv_heads, self.num_sms).count
-            for num_rows in range(1, max_rows + 1)
-        )
-        partials *= heads.num_heads
-        self.sums = torch.empty(partials * heads.head_dim, dtype=torch.float32, device=device)
-        self.peaks = torch.empty(partials * 2, dtype=torch.float32, device=device)
+    def __init__(self, heads: Heads, max_rows: int, device: torch.device, num_shares: int | None = None) -> None:
+        if num_shares is None:
+            num_shares = max(1, PROGRAMS_PER_SM * _num_sms(device) // heads.num_kv_heads)
+        self.num_shares = num_shares
+        num_parts = (num_shares + max_rows) * heads.num_heads
+        self.parts = torch.empty(num_parts * heads.head_dim, dtype=torch.float32, device=device)
+        self.weights = torch.empty(num_parts, dtype=torch.float32, device=device)
         self.num_finished = torch.zeros(max_rows * heads.num_kv_heads, dtype=torch.int32, device=device)
 
 
@@ -124,99 +108,124 @@ def choose_tile(head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> 
 
 
 if HAS_TRITON:
-    # One compiled form for all numbers of rows and both groups of layers.
-    @triton.jit(do_not_specialize=["chunk_tokens", "splits", "least_tiles"])  # type: ignore[untyped-decorator]
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _pages_of(table_row, n, high, first_column, table_width, PAGE_TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
+        column = first_column + n // PAGE_TOKENS
+        column = tl.where(column >= table_width, column - table_width, column)
+        return tl.load(table_row + column, mask=n < high, other=0).to(tl.int64)
+
+    @triton.jit(do_not_specialize=["num_rows", "num_shares", "chunk_tokens"])  # type: ignore[untyped-decorator]
     def _decode_kernel(  # type: ignore[no-untyped-def]
-        q, pages, table, seats, positions, out, sums, peaks, num_finished,
-        q_stride, page_stride, slot_stride, table_stride, table_width, out_stride, chunk_tokens, splits, least_tiles,
-        scale,
+        q, pages, table, seats, positions, out, parts, weights, num_finished,
+        q_stride, page_stride, slot_stride, table_stride, table_width, out_stride,
+        num_rows, num_shares, chunk_tokens, scale,
         PAGE_TOKENS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr,
-        HEAD_DIM: tl.constexpr, KEYS: tl.constexpr, SPLITS_BLOCK: tl.constexpr,
-        PRECISION: tl.constexpr,
+        HEAD_DIM: tl.constexpr, KEYS: tl.constexpr, LEAST_TILES: tl.constexpr, ROWS_BLOCK: tl.constexpr,
+        JOIN_GROUP: tl.constexpr, JOIN_PIECES: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
-        """One program per kv head, split and row. Names: G queries of a kv head, N keys, S splits."""
+        """One program per kv head and piece. Names: R rows, G queries of a kv head, N keys, S pieces of a row."""
         kv_head = tl.program_id(0)
-        split = tl.program_id(1)
-        row = tl.program_id(2)
+        piece = tl.program_id(1)
+
+        # Rows have one piece after another. Pieces are whole tiles, and a row's differ by one at most.
+        r = tl.arange(0, ROWS_BLOCK)
+        is_row = r < num_rows
+        last_R = tl.maximum(tl.load(positions + r, mask=is_row, other=0).to(tl.int32), 0)
+        if chunk_tokens > 0:
+            last_R = last_R % chunk_tokens
+        tiles_R = tl.where(is_row, last_R // KEYS + 1, 0)
+        share = tl.maximum(tl.cdiv(tl.sum(tiles_R, axis=0), num_shares), LEAST_TILES)
+        pieces_R = (tiles_R + share - 1) // share
+        ends_R = tl.cumsum(pieces_R, axis=0)
+        row = tl.sum((is_row & (ends_R <= piece)).to(tl.int32), axis=0)
+        if row >= num_rows:
+            return
+        first_piece = tl.sum(tl.where(r < row, pieces_R, 0), axis=0)
+
         g = tl.arange(0, GROUP_BLOCK)
         dims = tl.arange(0, HEAD_DIM)
         is_query = (g < GROUP)[:, None]
         out_at = out + row.to(tl.int64) * out_stride + (kv_head * GROUP + g)[:, None] * HEAD_DIM + dims[None, :]
+        position = tl.load(positions + row).to(tl.int32)
         seat = tl.load(seats + row)
+        q_at = q + row.to(tl.int64) * q_stride + (kv_head * GROUP + g)[:, None] * HEAD_DIM + dims[None, :]
+        q_Gd = tl.load(q_at, mask=is_query, other=0.0)
         if seat < 0:
-            if split == 0:
+            if piece == first_piece:
                 tl.store(out_at, tl.zeros((GROUP_BLOCK, HEAD_DIM), out.dtype.element_ty), mask=is_query)
             return
-
-        # Shares are whole tiles, equal but for the last.
-        position = tl.load(positions + row).to(tl.int32)
         start = 0
         if chunk_tokens > 0:
             start = position - position % chunk_tokens
         num_keys = position + 1 - start
         num_tiles = tl.cdiv(num_keys, KEYS)
-        share = tl.maximum(tl.cdiv(num_tiles, splits), least_tiles)
-        num_active = tl.cdiv(num_tiles, share)
-        if split >= num_active:
-            return
-        low = split * share * KEYS
-        high = tl.minimum(low + share * KEYS, num_keys)
+        num_pieces = tl.cdiv(num_tiles, share)
+        low = (piece - first_piece) * num_tiles // num_pieces * KEYS
+        high = tl.minimum((piece - first_piece + 1) * num_tiles // num_pieces * KEYS, num_keys)
 
-        q_at = q + row.to(tl.int64) * q_stride + (kv_head * GROUP + g)[:, None] * HEAD_DIM + dims[None, :]
-        q_Gd = tl.load(q_at, mask=is_query, other=0.0)
         table_row = table + seat.to(tl.int64) * table_stride
         first_column = (start // PAGE_TOKENS) % table_width
         keys = pages + kv_head * HEAD_DIM
         values_offset = NUM_KV_HEADS * HEAD_DIM
+        lane = tl.arange(0, KEYS)
         peak_G = tl.full((GROUP_BLOCK,), float("-inf"), tl.float32)
         sum_G = tl.zeros((GROUP_BLOCK,), tl.float32)
         sum_Gd = tl.zeros((GROUP_BLOCK, HEAD_DIM), tl.float32)
+        page_N = _pages_of(table_row, low + lane, high, first_column, table_width, PAGE_TOKENS)
         for tile in range(low, high, KEYS):
-            n = tile + tl.arange(0, KEYS)
+            n = tile + lane
             is_key = n < high
-            column = first_column + n // PAGE_TOKENS
-            column = tl.where(column >= table_width, column - table_width, column)
-            page = tl.load(table_row + column, mask=is_key, other=0)
-            at = keys + page.to(tl.int64) * page_stride + (n % PAGE_TOKENS) * slot_stride
+            at = keys + page_N * page_stride + (n % PAGE_TOKENS) * slot_stride
             k_Nd = tl.load(at[:, None] + dims[None, :], mask=is_key[:, None], other=0.0).to(q_Gd.dtype)
+            # Masked, for what a page's last owner left may not be finite, and 0 * NaN is NaN.
+            v_Nd = tl.load(at[:, None] + values_offset + dims[None, :], mask=is_key[:, None], other=0.0)
+            # A tile ahead, so that the loads of keys and values never wait for one another's addresses.
+            page_N = _pages_of(table_row, n + KEYS, high, first_column, table_width, PAGE_TOKENS)
             scores_GN = tl.dot(q_Gd, tl.trans(k_Nd), input_precision=PRECISION) * scale
             scores_GN = tl.where(is_key[None, :], scores_GN, float("-inf"))
             new_peak_G = tl.maximum(peak_G, tl.max(scores_GN, axis=1))
             shrink_G = tl.exp2(peak_G - new_peak_G)
             share_GN = tl.exp2(scores_GN - new_peak_G[:, None])
-            # Masked, for what a page's last owner left may not be finite, and 0 * NaN is NaN.
-            v_Nd = tl.load(at[:, None] + values_offset + dims[None, :], mask=is_key[:, None], other=0.0)
             sum_G = sum_G * shrink_G + tl.sum(share_GN, axis=1)
             sum_Gd = tl.dot(
                 share_GN.to(q_Gd.dtype), v_Nd.to(q_Gd.dtype), sum_Gd * shrink_G[:, None], input_precision=PRECISION
             )
             peak_G = new_peak_G
 
-        if num_active == 1:
-            tl.store(out_at, (sum_Gd / sum_G[:, None]).to(out.dtype.element_ty), mask=is_query)
+        found_Gd = sum_Gd / sum_G[:, None]
+        if num_pieces == 1:
+            tl.store(out_at, found_Gd.to(out.dtype.element_ty), mask=is_query)
             return
-        # What this program found, for the last of the row's programs to join.
-        pair = (row * NUM_KV_HEADS + kv_head).to(tl.int64)
-        first = pair * splits * GROUP
-        mine = first + split * GROUP + g
-        tl.store(peaks + 2 * mine, peak_G, mask=g < GROUP)
-        tl.store(peaks + 2 * mine + 1, sum_G, mask=g < GROUP)
-        tl.store(sums + mine[:, None] * HEAD_DIM + dims[None, :], sum_Gd, mask=is_query)
+        # What this program found, and its weight in base-2 logarithm, for the last of the row's programs to join.
+        mine = (piece * NUM_KV_HEADS + kv_head) * GROUP + g
+        tl.store(weights + mine, peak_G + tl.log2(sum_G), mask=g < GROUP)
+        tl.store(parts + mine[:, None].to(tl.int64) * HEAD_DIM + dims[None, :], found_Gd, mask=is_query)
         tl.debug_barrier()
-        num_before = tl.atomic_add(num_finished + pair, 1, sem="acq_rel")
-        if num_before == num_active - 1:
-            tl.store(num_finished + pair, 0)
-            s = tl.arange(0, SPLITS_BLOCK)
-            is_there = s < num_active
-            for i in tl.static_range(GROUP):
-                theirs = first + s * GROUP + i
-                peak_S = tl.load(peaks + 2 * theirs, mask=is_there, other=float("-inf"))
-                weight_S = tl.exp2(peak_S - tl.max(peak_S, axis=0))
-                total = tl.sum(weight_S * tl.load(peaks + 2 * theirs + 1, mask=is_there, other=0.0), axis=0)
-                sum_Sd = tl.load(sums + theirs[:, None] * HEAD_DIM + dims[None, :], mask=is_there[:, None], other=0.0)
-                joined_d = tl.sum(sum_Sd * weight_S[:, None], axis=0) / total
-                joined_at = out + row.to(tl.int64) * out_stride + (kv_head * GROUP + i) * HEAD_DIM + dims
-                tl.store(joined_at, joined_d.to(out.dtype.element_ty))
+        counter = num_finished + row * NUM_KV_HEADS + kv_head
+        if tl.atomic_add(counter, 1, sem="acq_rel") == num_pieces - 1:
+            tl.store(counter, 0)
+            j = tl.arange(0, JOIN_GROUP)
+            is_joined = j < GROUP
+            peak_J = tl.full((JOIN_GROUP,), float("-inf"), tl.float32)
+            sum_J = tl.zeros((JOIN_GROUP,), tl.float32)
+            joined_Jd = tl.zeros((JOIN_GROUP, HEAD_DIM), tl.float32)
+            for done in tl.range(0, num_pieces, JOIN_PIECES, num_stages=1):
+                s = done + tl.arange(0, JOIN_PIECES)
+                is_there = (s < num_pieces)[:, None]
+                theirs = ((first_piece + s)[:, None] * NUM_KV_HEADS + kv_head) * GROUP + j[None, :]
+                mask = is_there & is_joined[None, :]
+                at_SJd = parts + theirs[:, :, None].to(tl.int64) * HEAD_DIM + dims[None, None, :]
+                part_SJd = tl.load(at_SJd, mask=mask[:, :, None], other=0.0)
+                log_SJ = tl.where(is_there, tl.load(weights + theirs, mask=mask, other=0.0), float("-inf"))
+                new_peak_J = tl.maximum(peak_J, tl.max(log_SJ, axis=0))
+                weight_SJ = tl.exp2(log_SJ - new_peak_J[None, :])
+                shrink_J = tl.exp2(peak_J - new_peak_J)
+                sum_J = sum_J * shrink_J + tl.sum(weight_SJ, axis=0)
+                joined_Jd = joined_Jd * shrink_J[:, None] + tl.sum(part_SJd * weight_SJ[:, :, None], axis=0)
+                peak_J = new_peak_J
+            joined_at = out + row.to(tl.int64) * out_stride + (kv_head * GROUP + j)[:, None] * HEAD_DIM + dims[None, :]
+            tl.store(joined_at, (joined_Jd / sum_J[:, None]).to(out.dtype.element_ty), mask=is_joined[:, None])
 
 
 def _with_triton(
@@ -226,7 +235,7 @@ def _with_triton(
     heads: Heads,
     scratch: DecodeScratch,
     tile: Tile | None = None,
-    splits: SplitPlan | None = None,
+    least_keys: int = LEAST_KEYS,
 ) -> Tensor:
     num_rows = q_BHd.shape[0]
     out_BA = torch.empty((num_rows, heads.num_heads * heads.head_dim), dtype=q_BHd.dtype, device=q_BHd.device)
@@ -234,18 +243,18 @@ def _with_triton(
         return out_BA
     if tile is None:
         tile = choose_tile(heads.head_dim, q_BHd.dtype, pages_PSHd.dtype)
-    if splits is None:
-        splits = plan_splits(num_rows, heads.num_kv_heads, scratch.num_sms)
     table_SW = context.table.pages_SW
-    _decode_kernel[(heads.num_kv_heads, splits.count, num_rows)](
+    join_group = triton.next_power_of_2(heads.queries_per_kv)
+    _decode_kernel[(heads.num_kv_heads, scratch.num_shares + num_rows)](
         q_BHd, pages_PSHd, table_SW, context.seats_B, context.positions_B, out_BA,
-        scratch.sums, scratch.peaks, scratch.num_finished,
+        scratch.parts, scratch.weights, scratch.num_finished,
         q_BHd.stride(0), pages_PSHd.stride(0), pages_PSHd.stride(1), table_SW.stride(0), table_SW.shape[1],
-        out_BA.stride(0), context.chunk_tokens, splits.count, -(-splits.least_keys // tile.keys),
-        _LOG2_E / math.sqrt(heads.head_dim),
+        out_BA.stride(0), num_rows, scratch.num_shares, context.chunk_tokens, _LOG2_E / math.sqrt(heads.head_dim),
         PAGE_TOKENS=context.table.page_tokens, NUM_KV_HEADS=heads.num_kv_heads, GROUP=heads.queries_per_kv,
-        GROUP_BLOCK=max(16, triton.next_power_of_2(heads.queries_per_kv)), HEAD_DIM=heads.head_dim,
-        KEYS=tile.keys, SPLITS_BLOCK=_FEW_SPLITS if splits.count <= _FEW_SPLITS else MAX_SPLITS,
+        GROUP_BLOCK=max(16, join_group), HEAD_DIM=heads.head_dim, KEYS=tile.keys,
+        LEAST_TILES=max(1, least_keys // tile.keys),
+        ROWS_BLOCK=next(block for block in _ROW_BLOCKS if block >= num_rows),
+        JOIN_GROUP=join_group, JOIN_PIECES=max(2, _JOINED_VALUES // (join_group * heads.head_dim)),
         PRECISION="ieee" if q_BHd.dtype == torch.float32 else "tf32",
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

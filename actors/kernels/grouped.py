@@ -19,6 +19,7 @@ Engine = Literal["triton", "torch", "fbgemm", "reference"]
 
 _FORMS: dict[Form, int] = {"plain": 0, "fp8": 1, "int4": 2}
 STREAMING_ROWS_PER_SLOT = 64  # below, a step reads weights and little else
+FBGEMM_ROWS_PER_SLOT = 256  # from here its grouped FP8 kernel is ahead of torch's
 _FBGEMM_OPS = ("f8f8bf16_rowwise_grouped_stacked", "f8f8bf16_rowwise")
 
 
@@ -70,8 +71,10 @@ def choose_engine(x: PlacedRows, weight_SOI: Tensor) -> Engine:
         return "reference"
     form, num_slots = form_of(weight_SOI), weight_SOI.shape[0]
     in_blocks = x.dtype == torch.bfloat16 and all(n % 16 == 0 for n in weight_SOI.shape[1:])
-    is_streaming = x.x_ND.shape[0] < STREAMING_ROWS_PER_SLOT * num_slots
-    if form == "fp8" and in_blocks and is_streaming and all(map(has, _FBGEMM_OPS)):
+    num_rows = x.x_ND.shape[0]
+    is_streaming = num_rows < STREAMING_ROWS_PER_SLOT * num_slots
+    is_for_fbgemm = is_streaming if num_slots == 1 else num_rows >= FBGEMM_ROWS_PER_SLOT * num_slots
+    if form == "fp8" and in_blocks and is_for_fbgemm and all(map(has, _FBGEMM_OPS)):
         return "fbgemm"
     if form != "int4" and in_blocks and (not is_streaming or (form == "plain" and x.placement is None)):
         return "torch"

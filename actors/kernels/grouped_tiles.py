@@ -1,9 +1,15 @@
-"""How the Triton matmul is cut at each size, by measurement on an H200 (benchmarks/gpu_experts.py --tune)."""
+"""How the Triton matmul is cut at each size, by measurement on an H200 (benchmarks/gpu_experts.py).
+
+The inputs are cut, and their parts summed, by the rows and the shape of one slot: never by how many slots there are.
+So an expert computes the same bits wherever it lies, and goes on to do so when its layer moves to more memory, up to
+steps so large that other kernels take them.
+"""
 
 from actors.kernels.grouped_triton import Tiles
 from actors.kernels.route import Form
 
 MIN_PROGRAMS = 264  # two for each multiprocessor of an H200
+MAX_FEW_ROWS = 16
 
 
 def choose_tiles(form: Form, num_rows: int, inputs: int, num_slots: int, outputs: int, *, swiglu: bool) -> Tiles:
@@ -12,9 +18,15 @@ def choose_tiles(form: Form, num_rows: int, inputs: int, num_slots: int, outputs
     if rows_per_slot > 48:
         return Tiles(outputs=128, rows=128, inputs=128 if form != "plain" else 64, group=16, warps=8, stages=3)
     rows = 64 if rows_per_slot > 24 else 32 if rows_per_slot > 12 else 16
-    step = 64 if form == "plain" else 128
-    programs = min(num_rows, num_slots) * -(-outputs // 64)
+    tall = 64 if rows == 16 else 128
+    if form == "fp8":
+        split = 2 if num_rows <= MAX_FEW_ROWS and outputs // 64 < MIN_PROGRAMS // 2 else 1
+        return Tiles(outputs=tall, rows=rows, inputs=256, split=split, stages=5 if tall == 64 and split == 1 else 4)
+    if form == "int4":
+        split = 4 if not swiglu and num_rows * outputs < MIN_PROGRAMS * 128 else 1
+        return Tiles(outputs=tall, rows=rows, inputs=128, split=split, stages=4)
+    programs = num_rows * -(-outputs // 64)
     split = 1
-    while not swiglu and split < 8 and programs * split < MIN_PROGRAMS and inputs // step >= 8 * split:
+    while not swiglu and split < 8 and programs * split < MIN_PROGRAMS and inputs // 64 >= 8 * split:
         split *= 2
-    return Tiles(outputs=64, rows=rows, inputs=step, split=split, warps=4, stages=5)
+    return Tiles(outputs=64, rows=rows, inputs=64, split=split, warps=4, stages=5)

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 FP8_MAX = tl.constexpr(448.0)
+MAX_FEW = 128  # rows, about one for each multiprocessor
 PLAIN, FP8, WORD_ORDER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # how a row is written
 
 
@@ -27,7 +28,12 @@ def write_row(values, columns, mask, y_ptr, scale_ptr, row, width, MODE: tl.cons
     if MODE == FP8:
         largest = tl.max(tl.abs(values), 0)
         scale = tl.where(largest > 0, tl.div_rn(largest, FP8_MAX), 1.0)
-        quantized = tl.clamp(tl.div_rn(values, tl.zeros_like(values) + scale), -FP8_MAX, FP8_MAX)
+        # Divides in three operations: a quotient that is a bit off, what it leaves, and that much more. Rows whose
+        # inverse is beyond fp32 become zeros.
+        inverse = tl.where(scale > 1e-30, tl.div_rn(scale * 0 + 1.0, scale), 0.0)
+        about = values * inverse
+        quotient = tl.fma(tl.fma(-about, tl.zeros_like(values) + scale, values), inverse, about)
+        quantized = tl.clamp(quotient, -FP8_MAX, FP8_MAX)
         tl.store(y_ptr + row * width + columns, quantized.to(tl.float8e4nv), mask=mask)
         tl.store(scale_ptr + row, scale)
     else:
@@ -47,13 +53,19 @@ def rows_kernel(x_ptr, y_ptr, scale_ptr, width, MODE: tl.constexpr, BLOCK: tl.co
 @triton.jit(do_not_specialize=["num_rows"])
 def swiglu_kernel(
     x_ptr, y_ptr, scale_ptr, ends_ptr, num_slots, num_rows, width,
-    SPLIT: tl.constexpr, LIMITED: tl.constexpr, ROUND: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr, LIMITED: tl.constexpr, FEW: tl.constexpr, ROUND: tl.constexpr, MODE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """silu(gate) * up of a row [2 * width] that may come in SPLIT fp32 parts, rounded where a model in ROUND does."""
+    """silu(gate) * up of a row [2 * width] that may come in SPLIT fp32 parts, rounded where a model in ROUND does.
+
+    FEW: reads the row before it knows whether it is one of those that are placed.
+    """
     row = tl.program_id(0).to(tl.int64)
-    if LIMITED:  # noqa: SIM102 (the pointer is there only then)
-        if row >= tl.load(ends_ptr + num_slots - 1):
-            return
+    if LIMITED:
+        end = tl.load(ends_ptr + num_slots - 1)
+        if not FEW:  # noqa: SIM102 (what is known to the compiler, and what is not)
+            if row >= end:
+                return
     columns = tl.arange(0, BLOCK)
     mask = columns < width
     source = word_order(columns) if MODE == WORD_ORDER else columns
@@ -66,20 +78,24 @@ def swiglu_kernel(
     gate = gate.to(ROUND).to(tl.float32)
     silu = (gate / (1.0 + tl.exp(-gate))).to(ROUND).to(tl.float32)
     values = (silu * up.to(ROUND).to(tl.float32)).to(ROUND).to(tl.float32)
+    if LIMITED and FEW:  # noqa: SIM102
+        if row >= end:
+            return
     write_row(values, columns, mask, y_ptr, scale_ptr, row, width, MODE)
 
 
 TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float16: tl.float16}
 
 
-def _warps(block: int) -> int:
-    return min(16, max(1, block // 512))
+def row_warps(block: int, num_rows: int) -> int:
+    """Few rows leave most multiprocessors idle: each takes as many threads as there are."""
+    return min(32, max(1, block // 256)) if num_rows <= MAX_FEW else min(16, max(1, block // 512))
 
 
 def launch_rows(x_ND: Tensor, y_ND: Tensor, scale_N1: Tensor | None, mode: int) -> None:
     num_rows, width = x_ND.shape
     block = triton.next_power_of_2(width)
-    rows_kernel[(num_rows,)](x_ND, y_ND, scale_N1, width, mode, block, num_warps=_warps(block))
+    rows_kernel[(num_rows,)](x_ND, y_ND, scale_N1, width, mode, block, num_warps=row_warps(block, num_rows))
 
 
 def launch_swiglu(
@@ -92,6 +108,6 @@ def launch_swiglu(
     num_slots = 0 if ends_S is None else ends_S.shape[0]
     swiglu_kernel[(num_rows,)](
         x_PNF, y_NF, scale_N1, ends_S, num_slots, num_rows, width,
-        SPLIT=num_parts, LIMITED=ends_S is not None, ROUND=TRITON_DTYPES[round_to], MODE=mode, BLOCK=block,
-        num_warps=_warps(block),
+        SPLIT=num_parts, LIMITED=ends_S is not None, FEW=num_rows <= MAX_FEW, ROUND=TRITON_DTYPES[round_to], MODE=mode,
+        BLOCK=block, num_warps=row_warps(block, num_rows),
     )  # fmt: skip

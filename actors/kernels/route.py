@@ -20,6 +20,7 @@ Form = Literal["plain", "fp8", "int4"]
 
 _MODES: dict[Form, int] = {"plain": 0, "fp8": 1, "int4": 2}
 MAX_SMALL = 1024  # rows whose places every program finds for itself
+MAX_GATE_TOKENS, MAX_GATE_EXPERTS = 128, 32  # of a gate in one kernel, in which every token reads the whole router
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,29 @@ class PlacedRows:
     dtype: torch.dtype
 
 
+def choose_experts(
+    x_TD: Tensor,
+    router_ED: Tensor,
+    top_k: int,
+    positions_T: Tensor | None = None,
+    is_padding_T1: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """int64 ids [T, K] of the largest logits x @ router.T and their sigmoids in x's dtype; nothing is renormalised.
+
+    Ids are -1 where bool `is_padding_T1` is set. With `positions_T` experts are taken in turn by position: the balanced
+    load of a benchmark, not the model's answer.
+    """
+    if x_TD.is_cuda and HAS_TRITON and x_TD.dtype == router_ED.dtype == torch.bfloat16:
+        num_tokens, num_experts = x_TD.shape[0], router_ED.shape[0]
+        if 0 < num_tokens <= MAX_GATE_TOKENS and num_experts <= MAX_GATE_EXPERTS:
+            from actors.kernels.route_triton import launch_gate
+
+            ids_TK, scores_TK = _empty_choice(x_TD, top_k)
+            launch_gate(x_TD.contiguous(), router_ED, positions_T, is_padding_T1, ids_TK, scores_TK)
+            return ids_TK, scores_TK
+    return choose_by_logits(gate_logits(x_TD, router_ED), top_k, x_TD.dtype, positions_T, is_padding_T1)
+
+
 def gate_logits(x_TD: Tensor, router_ED: Tensor) -> Tensor:
     """fp32 [T, E]: products of the tensors' own dtype summed in fp32; with an fp32 router everything is fp32."""
     if x_TD.is_cuda and x_TD.dtype == router_ED.dtype == torch.bfloat16:
@@ -54,19 +78,19 @@ def gate_logits(x_TD: Tensor, router_ED: Tensor) -> Tensor:
     return F.linear(x_TD.float(), router_ED.float())
 
 
-def choose_experts(
-    logits_TE: Tensor, top_k: int, dtype: torch.dtype, positions_T: Tensor | None = None
+def choose_by_logits(
+    logits_TE: Tensor,
+    top_k: int,
+    dtype: torch.dtype,
+    positions_T: Tensor | None = None,
+    is_padding_T1: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """int64 ids [T, K] of the largest logits and their sigmoids in `dtype`; nothing is renormalised.
-
-    With `positions_T` experts are taken in turn by position: the balanced load of a benchmark, not the model's answer.
-    """
+    """`choose_experts` of logits that are there, with scores in `dtype`."""
     if logits_TE.is_cuda and HAS_TRITON and logits_TE.shape[0]:
         from actors.kernels.route_triton import launch_choose
 
-        ids_TK = torch.empty(logits_TE.shape[0], top_k, dtype=torch.int64, device=logits_TE.device)
-        scores_TK = torch.empty(logits_TE.shape[0], top_k, dtype=dtype, device=logits_TE.device)
-        launch_choose(logits_TE.contiguous(), positions_T, ids_TK, scores_TK)
+        ids_TK, scores_TK = _empty_choice(logits_TE, top_k, dtype)
+        launch_choose(logits_TE.contiguous(), positions_T, is_padding_T1, ids_TK, scores_TK)
         return ids_TK, scores_TK
     if positions_T is None:
         values_TK, ids_TK = logits_TE.topk(top_k, dim=1)
@@ -74,7 +98,14 @@ def choose_experts(
         offsets_K = torch.arange(top_k, device=positions_T.device)
         ids_TK = (positions_T[:, None] * top_k + offsets_K) % logits_TE.shape[1]
         values_TK = logits_TE.gather(1, ids_TK)
+    if is_padding_T1 is not None:
+        ids_TK = ids_TK.masked_fill(is_padding_T1, -1)
     return ids_TK, values_TK.sigmoid().to(dtype)
+
+
+def _empty_choice(like_TX: Tensor, top_k: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    T = like_TX.shape[0]
+    return like_TX.new_empty(T, top_k, dtype=torch.int64), like_TX.new_empty(T, top_k, dtype=dtype)
 
 
 def place(ids_N: Tensor, slot_of_E: Tensor | None, num_slots: int) -> Placement:

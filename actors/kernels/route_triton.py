@@ -10,22 +10,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from actors.kernels.quantize_triton import WORD_ORDER, word_order, write_row
+from actors.kernels.quantize_triton import MAX_FEW, WORD_ORDER, row_warps, word_order, write_row
 
 BLOCK_ROWS = 256  # rows that a program of the large placement counts
+GATE_TILE = 1 << 14  # numbers of the router that a program of the gate multiplies at once
 
 
 @triton.jit
-def choose_kernel(
-    logits_ptr, positions_ptr, ids_ptr, scores_ptr, num_experts,
-    TOP_K: tl.constexpr, UNIFORM: tl.constexpr, BLOCK: tl.constexpr,
+def write_choice(
+    logits, positions_ptr, is_padding_ptr, ids_ptr, scores_ptr, token, num_experts,
+    TOP_K: tl.constexpr, UNIFORM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The TOP_K largest of a row of logits, the first of equals, and their sigmoids. A NaN is never chosen."""
-    token = tl.program_id(0).to(tl.int64)
+    """The TOP_K largest of a token's BLOCK logits, the first of equals, and their sigmoids. A NaN is never chosen."""
     experts = tl.arange(0, BLOCK)
-    logits = tl.load(logits_ptr + token * num_experts + experts, mask=experts < num_experts, other=-float("inf"))
-    logits = tl.where(logits == logits, logits, -float("inf"))
     free = experts < num_experts
+    logits = tl.where(free & (logits == logits), logits, -float("inf"))
     for k in tl.static_range(TOP_K):
         if UNIFORM:
             chosen = ((tl.load(positions_ptr + token) * TOP_K + k) % num_experts).to(tl.int32)
@@ -34,9 +33,47 @@ def choose_kernel(
             value = tl.max(tl.where(free, logits, -float("inf")), 0)
             chosen = tl.min(tl.where(free & (logits == value), experts, BLOCK), 0)
             free = free & (experts != chosen)
-        tl.store(ids_ptr + token * TOP_K + k, chosen.to(tl.int64))
         score = 1.0 / (1.0 + tl.exp(-value))
         tl.store(scores_ptr + token * TOP_K + k, score.to(scores_ptr.dtype.element_ty))
+        if PADDED:
+            chosen = tl.where(tl.load(is_padding_ptr + token) != 0, -1, chosen)
+        tl.store(ids_ptr + token * TOP_K + k, chosen.to(tl.int64))
+
+
+@triton.jit
+def choose_kernel(
+    logits_ptr, positions_ptr, is_padding_ptr, ids_ptr, scores_ptr, num_experts,
+    TOP_K: tl.constexpr, UNIFORM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    experts = tl.arange(0, BLOCK)
+    logits = tl.load(logits_ptr + token * num_experts + experts, mask=experts < num_experts, other=-float("inf"))
+    write_choice(
+        logits, positions_ptr, is_padding_ptr, ids_ptr, scores_ptr, token, num_experts, TOP_K, UNIFORM, PADDED, BLOCK
+    )
+
+
+@triton.jit
+def gate_kernel(
+    x_ptr, router_ptr, positions_ptr, is_padding_ptr, ids_ptr, scores_ptr, num_experts, width,
+    TOP_K: tl.constexpr, UNIFORM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_I: tl.constexpr,
+    STEPS: tl.constexpr,
+):  # fmt: skip
+    """One program reads the whole router for one token, and chooses. A token's answer does not depend on others."""
+    token = tl.program_id(0).to(tl.int64)
+    experts, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK_I)
+    products = tl.zeros((BLOCK, BLOCK_I), tl.float32)
+    for step in tl.static_range(STEPS):
+        at = step * BLOCK_I + columns
+        inside = at < width
+        x = tl.load(x_ptr + token * width + at, mask=inside, other=0.0).to(tl.float32)
+        router_at = router_ptr + experts[:, None] * width + at[None, :]
+        router = tl.load(router_at, mask=(experts < num_experts)[:, None] & inside[None, :], other=0.0)
+        products += router.to(tl.float32) * x[None, :]
+    logits = tl.sum(products, 1)
+    write_choice(
+        logits, positions_ptr, is_padding_ptr, ids_ptr, scores_ptr, token, num_experts, TOP_K, UNIFORM, PADDED, BLOCK
+    )
 
 
 @triton.jit
@@ -99,12 +136,17 @@ def gather_kernel(
     x_ptr, scores_ptr, ids_ptr, table_ptr, place_ptr, counts_ptr, ends_ptr, y_ptr, scale_ptr,
     num_rows, num_slots, width,
     TOP_K: tl.constexpr, PLACED: tl.constexpr, TABLE: tl.constexpr, SCORED: tl.constexpr, MODE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    FEW: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program writes a row, times its score, to its place. Unless PLACED each finds the place itself, among at most
-    ROWS rows, and further programs write the count and end of a slot each.
+    ROWS rows, and further programs write the count and end of a slot each; FEW of them read the row meanwhile.
     """
     row = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)
+    mask = columns < width
+    x_at = x_ptr + (row // TOP_K).to(tl.int64) * width + (word_order(columns) if MODE == WORD_ORDER else columns)
+    if FEW:
+        values = tl.load(x_at, mask=mask & (row < num_rows), other=0.0)
     if not PLACED:
         rows = tl.arange(0, ROWS)
         slots = load_slots(ids_ptr, table_ptr, rows, num_rows, TABLE)
@@ -121,10 +163,8 @@ def gather_kernel(
         place = tl.load(place_ptr + row)
     if place < 0:
         return
-    columns = tl.arange(0, BLOCK)
-    mask = columns < width
-    source = word_order(columns) if MODE == WORD_ORDER else columns
-    values = tl.load(x_ptr + (row // TOP_K).to(tl.int64) * width + source, mask=mask, other=0.0)
+    if not FEW:
+        values = tl.load(x_at, mask=mask, other=0.0)
     if SCORED:
         score = tl.load(scores_ptr + row)
         values = (values.to(tl.float32) * score.to(tl.float32)).to(x_ptr.dtype.element_ty)
@@ -154,12 +194,33 @@ def combine_kernel(
     tl.store(y_ptr + token * width + columns, total.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def launch_choose(logits_TE: Tensor, positions_T: Tensor | None, ids_TK: Tensor, scores_TK: Tensor) -> None:
+def launch_choose(
+    logits_TE: Tensor, positions_T: Tensor | None, is_padding_T1: Tensor | None, ids_TK: Tensor, scores_TK: Tensor
+) -> None:
     num_tokens, num_experts = logits_TE.shape
     choose_kernel[(num_tokens,)](
-        logits_TE, positions_T, ids_TK, scores_TK, num_experts,
-        TOP_K=ids_TK.shape[1], UNIFORM=positions_T is not None, BLOCK=triton.next_power_of_2(num_experts), num_warps=1,
+        logits_TE, positions_T, _as_bytes(is_padding_T1), ids_TK, scores_TK, num_experts,
+        TOP_K=ids_TK.shape[1], UNIFORM=positions_T is not None, PADDED=is_padding_T1 is not None,
+        BLOCK=triton.next_power_of_2(num_experts), num_warps=1,
     )  # fmt: skip
+
+
+def launch_gate(
+    x_TD: Tensor, router_ED: Tensor, positions_T: Tensor | None, is_padding_T1: Tensor | None,
+    ids_TK: Tensor, scores_TK: Tensor,
+) -> None:  # fmt: skip
+    num_experts, width = router_ED.shape
+    block = triton.next_power_of_2(num_experts)
+    block_i = min(GATE_TILE // block, triton.next_power_of_2(width))
+    gate_kernel[(x_TD.shape[0],)](
+        x_TD, router_ED, positions_T, _as_bytes(is_padding_T1), ids_TK, scores_TK, num_experts, width,
+        TOP_K=ids_TK.shape[1], UNIFORM=positions_T is not None, PADDED=is_padding_T1 is not None, BLOCK=block,
+        BLOCK_I=block_i, STEPS=triton.cdiv(width, block_i), num_warps=16,
+    )  # fmt: skip
+
+
+def _as_bytes(is_padding_T1: Tensor | None) -> Tensor | None:
+    return None if is_padding_T1 is None else is_padding_T1.contiguous().view(torch.int8)
 
 
 def launch_place(ids_N: Tensor, table_E: Tensor | None, place_N: Tensor, counts_S: Tensor, ends_S: Tensor) -> None:
@@ -186,8 +247,9 @@ def launch_gather(
     gather_kernel[(num_rows if is_placed else num_rows + num_slots,)](
         x_TD, scores_N, ids_N, table_E, place_N, counts_S, ends_S, y_ND, scale_N1, num_rows, num_slots, width,
         TOP_K=max(1, num_rows // x_TD.shape[0]), PLACED=is_placed, TABLE=table_E is not None,
-        SCORED=scores_N is not None, MODE=mode, ROWS=1 if is_placed else triton.next_power_of_2(num_rows), BLOCK=block,
-        num_warps=min(8, max(1, block // 512)),
+        SCORED=scores_N is not None, MODE=mode, FEW=num_rows <= MAX_FEW,
+        ROWS=1 if is_placed else triton.next_power_of_2(num_rows), BLOCK=block,
+        num_warps=row_warps(block, num_rows) if num_rows <= MAX_FEW else min(8, max(1, block // 512)),
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F  # noqa: N812 (the name that everybody know
 from unit.kernels import attention_cases as cases
 
 from actors.kernels import decode_attention
-from actors.kernels.decode_attention import DecodeContext, DecodeScratch, SplitPlan
+from actors.kernels.decode_attention import DecodeContext, DecodeScratch
 from actors.kernels.decode_inputs import PageTable
 from actors.kernels.heads import Heads
 from actors.kernels.prefill_attention import PagedPrefill, PrefillRun, is_available
@@ -56,9 +56,9 @@ def long_context(num_rows: int, num_tokens: int, shape: Heads, num_pages: int, f
     return pages_PSHd, PageTable(pages_SW=used.view(num_rows, width).int(), page_tokens=16)
 
 
-@pytest.mark.parametrize("plan", [None, SplitPlan(count=1, least_keys=1), SplitPlan(count=64, least_keys=1)])
-def test_decode_of_long_contexts_far_into_the_pool(plan: SplitPlan | None) -> None:
-    """Offsets beyond 32 bits, rows of very different lengths, and every number of splits."""
+@pytest.mark.parametrize("num_shares", [None, 1, 700])
+def test_decode_of_long_contexts_far_into_the_pool(num_shares: int | None) -> None:
+    """Offsets beyond 32 bits, rows of very different lengths, and any number of pieces."""
     shape, lengths = cases.SCOUT, [1, 64, 65, 1000, 9000, 40000]
     num_pages = (1 << 31) // (16 * 16 * 128) + len(lengths) * 2500 + 1
     pages_PSHd, table = long_context(len(lengths), max(lengths), shape, num_pages, far=True)
@@ -69,8 +69,8 @@ def test_decode_of_long_contexts_far_into_the_pool(plan: SplitPlan | None) -> No
         chunk_tokens=0,
     )
     q_BHd = torch.randn(len(lengths), shape.num_heads, 128, dtype=BF16, device=CUDA)
-    scratch = DecodeScratch(shape, 66, CUDA)  # room for 64 splits of each row
-    got_BA = decode_attention._with_triton(q_BHd, pages_PSHd, context, shape, scratch, splits=plan)
+    scratch = DecodeScratch(shape, len(lengths), CUDA, num_shares)
+    got_BA = decode_attention._with_triton(q_BHd, pages_PSHd, context, shape, scratch)
     expected_BA = decode_attention._with_torch(q_BHd, pages_PSHd, context, shape)
     torch.testing.assert_close(got_BA, expected_BA, rtol=2e-2, atol=4e-3)
 
@@ -98,6 +98,23 @@ def test_decode_graph_serves_every_length() -> None:
         graph.replay()
         expected_BA = decode_attention._with_torch(q_BHd, pages_PSHd, context, shape)
         torch.testing.assert_close(out_BA, expected_BA, rtol=2e-2, atol=4e-3)
+
+
+def test_decode_of_many_rows_of_random_lengths() -> None:
+    """Every row is somebody's, whatever the lengths: the numbers of programs and of pieces are not those of a plan."""
+    shape, num_rows = cases.SCOUT_QUARTER, 300
+    pages_PSHd, table = long_context(num_rows, 256, shape, num_rows * 16, far=False)
+    lengths_B = torch.randint(1, 257, (num_rows,), device=CUDA)
+    lengths_B[7] = 1
+    seats_B = torch.arange(num_rows, dtype=torch.int32, device=CUDA)
+    seats_B[::9] = -1
+    context = DecodeContext(seats_B=seats_B, positions_B=lengths_B - 1, table=table, chunk_tokens=0)
+    q_BHd = torch.randn(num_rows, shape.num_heads, 128, dtype=BF16, device=CUDA)
+    scratch = DecodeScratch(shape, num_rows, CUDA)
+    for _ in range(3):
+        got_BA = decode_attention.decode_attention(q_BHd, pages_PSHd, context, shape, scratch)
+        expected_BA = decode_attention._with_torch(q_BHd, pages_PSHd, context, shape)
+        torch.testing.assert_close(got_BA, expected_BA, rtol=2e-2, atol=4e-3)
 
 
 @pytest.mark.parametrize("shape", [cases.SCOUT, cases.SCOUT_QUARTER])

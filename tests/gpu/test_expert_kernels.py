@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from actors.checkpoint.weights import ExpertWeights
+from actors.dispatch.beside import ExpertsBeside
 from actors.expert.experts import LayerExperts
 from actors.kernels import grouped, linear, quantize, route
 from actors.kernels.grouped import Engine
@@ -108,15 +109,15 @@ def test_swiglu(num_parts: int, in_word_order: bool) -> None:
 def test_choice(num_experts: int, top_k: int) -> None:
     logits_TE = torch.randn(33, num_experts, generator=_rng(0))
     logits_TE[5] = 0  # ties: the first ones
-    ids_TK, scores_TK = route.choose_experts(logits_TE.cuda(), top_k, BF16)
+    ids_TK, scores_TK = route.choose_by_logits(logits_TE.cuda(), top_k, BF16)
     expected_ids, expected_scores = logits_TE.sort(dim=1, descending=True, stable=True)[1][:, :top_k], None
     assert torch.equal(ids_TK.cpu(), expected_ids)
     expected_scores = logits_TE.gather(1, expected_ids).sigmoid().to(BF16)
     _close(scores_TK, expected_scores)
     positions_T = torch.arange(33) * 7
     for ours, theirs in zip(
-        route.choose_experts(logits_TE.cuda(), top_k, BF16, positions_T.cuda()),
-        route.choose_experts(logits_TE, top_k, BF16, positions_T),
+        route.choose_by_logits(logits_TE.cuda(), top_k, BF16, positions_T.cuda()),
+        route.choose_by_logits(logits_TE, top_k, BF16, positions_T),
         strict=True,
     ):
         _close(ours, theirs.float())
@@ -127,6 +128,27 @@ def test_gate_logits_are_sums_in_fp32() -> None:
     ours = route.gate_logits(x_TD.cuda(), router_ED.cuda()).cpu()
     assert ours.dtype == torch.float32
     assert torch.allclose(ours, route.gate_logits(x_TD, router_ED), atol=1e-3)
+
+
+@pytest.mark.parametrize(("num_tokens", "num_experts"), [(1, 16), (37, 6), (128, 16), (129, 16), (5, 128)])
+def test_gates_in_one_kernel_and_in_two_choose_alike(num_tokens: int, num_experts: int) -> None:
+    """A clear winner in each row; padding goes nowhere; the score is the winner's whatever it is."""
+    x_TD, router_ED = (
+        torch.randn(num_tokens, 5120, generator=_rng(0)),
+        torch.randn(num_experts, 5120, generator=_rng(1)),
+    )
+    best_T = torch.randint(num_experts, (num_tokens,), generator=_rng(2))
+    x_TD = ((x_TD + router_ED[best_T]) / 70).to(BF16)
+    router_ED = (router_ED / 70).to(BF16)
+    is_padding_T1 = torch.rand(num_tokens, 1, generator=_rng(3)) < 0.3
+    for padding, lots_T in ((None, None), (is_padding_T1, None), (is_padding_T1, torch.arange(num_tokens) * 7)):
+        ids_TK, scores_TK = route.choose_experts(
+            x_TD.cuda(), router_ED.cuda(), 1, None if lots_T is None else lots_T.cuda(),
+            None if padding is None else padding.cuda(),
+        )  # fmt: skip
+        expected_ids, expected_scores = route.choose_experts(x_TD, router_ED, 1, lots_T, padding)
+        assert torch.equal(ids_TK.cpu(), expected_ids)
+        _close(scores_TK, expected_scores)
 
 
 @pytest.mark.parametrize(("num_rows", "num_slots"), [(1, 4), (255, 32), (1024, 3), (1025, 32), (5000, 128)])
@@ -264,6 +286,59 @@ def test_dense_linears(form: Form, num_tokens: int) -> None:
         _close(ours, linear.linear(x_TI, gate_up, gate_up_scale), steps=3)
         expected = linear.swiglu_ffn(x_TI, gate_up, down, gate_up_scale, down_scale).float()
         assert (ffn.cpu().float() - expected).norm() <= (0.03 if form == "fp8" else 0.015) * expected.norm()
+
+
+@pytest.mark.parametrize("form", ["plain", "fp8", "int4"])
+def test_experts_beside_the_shared_one_compute_what_they_compute_alone(form: Form) -> None:
+    """Layers in a row, as a decode graph has them: each reads what the one before added up, and frees it."""
+    device, num_layers = torch.device("cuda"), 6
+    layers = _Layers([LayerExperts(_layer(form, 4, 256, 384)[1], BF16) for _ in range(num_layers)])
+    shared = [_cuda(*_weight(form, 256, 256, seed=9 + i)) for i in range(num_layers)]
+    beside, alone = ExpertsBeside(layers, device), ExpertsBeside(layers, torch.device("cpu"))
+    x_TD = torch.randn(9, 256, generator=_rng(7)).to(BF16).cuda()
+    ids_TK, scores_TK = torch.randint(0, 4, (9, 1), generator=_rng(8)).cuda(), torch.rand(9, 1).to(BF16).cuda()
+    table = torch.tensor([3, 0, 1, 2], device=device)
+
+    def forward(experts: ExpertsBeside) -> Tensor:
+        h_TD = x_TD
+        for i, (weight, scale) in enumerate(shared):
+            receipt = experts.start(i, h_TD * 1.0, ids_TK, scores_TK + 0, table)  # inputs that only the receipt holds
+            shared_TD = linear.linear(h_TD, weight, scale)  # type: ignore[arg-type]
+            h_TD = shared_TD + experts.finish(receipt)
+            h_TD = h_TD / h_TD.float().norm(dim=1, keepdim=True).to(BF16)
+        return h_TD
+
+    expected_TD = forward(alone)
+    assert torch.equal(forward(beside), expected_TD)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y_TD = forward(beside)
+    for seed in range(3):
+        x_TD.copy_(torch.randn(9, 256, generator=_rng(seed)))
+        for _ in range(10):
+            graph.replay()
+        assert torch.equal(y_TD, forward(alone))
+
+
+class _Layers:
+    """ExpertCompute of a few layers."""
+
+    def __init__(self, layers: list[LayerExperts]) -> None:
+        self._layers = layers
+
+    def __call__(self, layer: int, x_ND: Tensor, slots_N: Tensor) -> Tensor:
+        return self._layers[layer](x_ND, slots_N)
+
+    def routed(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, scores_TK: Tensor, slot_of_E: Tensor) -> Tensor:
+        return self._layers[layer].routed(x_TD, expert_ids_TK, scores_TK, slot_of_E)
+
+
+def test_an_expert_computes_the_same_bits_among_more_slots() -> None:
+    """As a layer has them after it moved to more memory."""
+    on_gpu = _layer("plain", 7, 1152, 2176)[1]
+    few = ExpertWeights(gate_up_SND=on_gpu.gate_up_SND[:3].clone(), down_SDF=on_gpu.down_SDF[:3].clone())
+    x_ND, slots_N = torch.randn(16, 1152, generator=_rng(0)).to(BF16).cuda(), torch.tensor([0, 2] * 8, device="cuda")
+    assert torch.equal(LayerExperts(few, BF16)(x_ND, slots_N), LayerExperts(on_gpu, BF16)(x_ND, slots_N))
 
 
 def test_fp32_experts_on_a_gpu_are_fp32() -> None:

@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -47,12 +48,21 @@ def test_one_gpu_gives_the_tokens_of_the_cpu(checkpoint: Path, cpu_tokens: dict[
 
 @pytest.mark.gpu(devices=2)
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("layout", ["disaggregated", "colocated"])
-def test_two_gpus_over_nccl_give_the_tokens_of_the_cpu(
-    checkpoint: Path, cpu_tokens: dict[str, list[list[int]]], layout: str
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"layout": "disaggregated"},
+        {"layout": "disaggregated", "enforce_eager": True},  # over NCCL alone
+        {"layout": "colocated", "attention_ranks": 2},
+        {"layout": "colocated", "attention_tp": 2},
+        {"layout": "colocated", "attention_tp": 2, "expert_slots": 6},
+    ],
+    ids=lambda keys: " ".join(map(str, keys.values())),
+)
+def test_two_gpus_give_the_tokens_of_the_cpu(
+    checkpoint: Path, cpu_tokens: dict[str, list[list[int]]], keys: dict[str, Any]
 ) -> None:
-    keys = {"attention_ranks": 2} if layout == "colocated" else {}
-    assert tokens_of(checkpoint, "2xH200", ["cuda:0", "cuda:1"], layout=layout, **keys) == cpu_tokens
+    assert tokens_of(checkpoint, "2xH200", ["cuda:0", "cuda:1"], **keys) == cpu_tokens
 
 
 @pytest.mark.gpu(devices=2)

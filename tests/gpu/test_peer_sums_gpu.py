@@ -1,0 +1,161 @@
+"""Sums and gathers over ranks: several on one GPU, each with a stream, and processes with a GPU each."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from actors.kernels import holders, peer_sums
+from actors.kernels.norm import add_rms_norm
+from actors.kernels.peer_sums import PeerSums, SumLayout
+from benchmarks.gpu_collectives import TIMEOUT_S, check, interrupt, lose, recover
+from benchmarks.unit_of_ranks import UnitOfRanks
+
+pytestmark = pytest.mark.gpu
+
+D = 5120
+CUDA = torch.device("cuda")
+TOLERANCES = {torch.bfloat16: 1e-2, torch.float32: 1e-5}  # two roundings, relative: kernels add up in pairs
+
+
+class Ranks:
+    """Ranks that share one GPU. What they wait for is sent by kernels on other streams."""
+
+    def __init__(
+        self, world: int, dtype: torch.dtype = torch.bfloat16, hidden: int = D, timeout_s: float = 5.0
+    ) -> None:
+        layout = SumLayout(
+            world=world, hidden=hidden, dtype=dtype, whole_rows=8, sliced_rows=64, gather_bytes=1 << 20
+        )  # fmt: skip
+        buffers = tuple(torch.zeros(layout.num_bytes, dtype=torch.uint8, device=CUDA) for _ in range(world))
+        self.streams = [torch.cuda.Stream() for _ in range(world)]
+        self.ranks = [
+            PeerSums(
+                layout=layout,
+                rank=rank,
+                buffers=buffers,
+                bases=torch.tensor([buffer.data_ptr() for buffer in buffers], device=CUDA),
+                state=torch.zeros(3, dtype=torch.int64, device=CUDA),
+                host=torch.zeros(2, dtype=torch.int64, pin_memory=True),
+                timeout_s=timeout_s,
+            )
+            for rank in range(world)
+        ]
+
+    def run(self, call: Callable[[PeerSums], Tensor]) -> list[Tensor]:
+        torch.cuda.synchronize()
+        results = []
+        for peers, stream in zip(self.ranks, self.streams, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(call(peers))
+        torch.cuda.synchronize()
+        assert [peers.given_up for peers in self.ranks] == [None] * len(self.ranks)
+        return results
+
+
+def terms(world: int, num_rows: int, dtype: torch.dtype, hidden: int = D) -> Tensor:
+    generator = torch.Generator(CUDA).manual_seed(num_rows)
+    return torch.randn(world, num_rows, hidden, generator=generator, device=CUDA).to(dtype)
+
+
+def ordered_sum(x: Tensor) -> Tensor:
+    total = x[0].float()
+    for term in x[1:]:
+        total = total + term.float()
+    return total.to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_sums_are_right_and_the_same_bits_everywhere(world: int, dtype: torch.dtype) -> None:
+    hidden = D if world != 3 else 1536
+    unit = Ranks(world, dtype, hidden)
+    weight = torch.randn(hidden, device=CUDA).to(dtype)
+    for num_rows in (1, 8, 9, 64, 3):  # whole rows and slices in turn
+        a, b = terms(world, num_rows, dtype, hidden), terms(world, num_rows, dtype, hidden).flip(0)
+        near = {"rtol": TOLERANCES[dtype], "atol": 4 * TOLERANCES[dtype]}
+        sums = unit.run(lambda p: peer_sums.all_reduce_rows(p, (a[p.rank],)))  # noqa: B023
+        torch.testing.assert_close(sums[0], ordered_sum(a), **near)
+        assert all(torch.equal(each, sums[0]) for each in sums)
+        h = torch.randn(num_rows, hidden, device=CUDA).to(dtype)
+        residuals = [h.clone() for _ in range(world)]
+
+        def norm(p: PeerSums) -> Tensor:
+            parts = (a[p.rank], b[p.rank])  # noqa: B023
+            return peer_sums.add_all_reduced_rms_norm(p, residuals[p.rank], parts, weight, 1e-5)  # noqa: B023
+
+        normed = unit.run(norm)
+        expected_h = h + ordered_sum(a + b)
+        expected = add_rms_norm(expected_h.clone(), (), weight, 1e-5)
+        for x_TD, h_TD in zip(normed, residuals, strict=True):
+            assert torch.equal(h_TD, residuals[0]) and torch.equal(x_TD, normed[0])
+            torch.testing.assert_close(h_TD, expected_h, **near)
+            torch.testing.assert_close(x_TD, expected, **near)
+
+
+def test_gathers_in_one_call_and_in_several() -> None:
+    unit = Ranks(4)
+    for num_rows, width in ((1, 50512), (3, 1000), (40, 50512), (300, 8)):
+        x = torch.randn(4, num_rows, width, device=CUDA).bfloat16()
+        for each in unit.run(lambda p: peer_sums.gather_columns(p, x[p.rank])):  # noqa: B023
+            assert torch.equal(each, torch.cat(list(x), dim=1))
+
+
+def test_a_peer_that_does_not_come_is_named_once_and_not_waited_for_again() -> None:
+    unit = Ranks(3, timeout_s=0.2)
+    x = terms(3, 4, torch.bfloat16)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for peers, stream in zip(unit.ranks[:2], unit.streams, strict=False):
+        stream.wait_event(begin)
+        with torch.cuda.stream(stream):
+            for _ in range(20):
+                peer_sums.all_reduce_rows(peers, (x[peers.rank],))
+    torch.cuda.synchronize()
+    end.record()
+    torch.cuda.synchronize()
+    assert [peers.given_up for peers in unit.ranks] == [2, 2, None]
+    assert begin.elapsed_time(end) < 3 * 200, "later calls waited too"
+
+
+def test_the_host_ends_a_wait() -> None:
+    unit = Ranks(2, timeout_s=30.0)
+    x = terms(2, 40, torch.bfloat16)
+    peer_sums.all_reduce_rows(unit.ranks[0], (x[0],))
+    waits = torch.cuda.Event()
+    waits.record()
+    assert not waits.query()
+    unit.ranks[0].abort()
+    torch.cuda.synchronize()  # would take 30 s, or for ever
+    assert unit.ranks[0].given_up == 1
+
+
+def test_holders_are_chosen_as_by_the_reference() -> None:
+    generator = torch.Generator().manual_seed(1)
+    for num_ids in (1, 8, 33, 256):
+        masks = torch.where(torch.rand(128, generator=generator) < 0.5, 1 << (torch.arange(128) % 4), 0b1010)
+        slots = torch.randint(-1, 40, (128, 4), generator=generator)
+        ids = torch.randint(-1, 128, (num_ids,), generator=generator)
+        expected = holders.choose_slots(ids, masks, slots)
+        assert torch.equal(holders.choose_slots(ids.cuda(), masks.cuda(), slots.cuda()).cpu(), expected)
+
+
+@pytest.fixture(params=[False, True], ids=["all-visible", "isolated"])
+def unit(request: pytest.FixtureRequest) -> Iterator[UnitOfRanks]:
+    unit = UnitOfRanks(2, D, torch.bfloat16, request.param)
+    unit.start()
+    yield unit
+    unit.stop()
+
+
+@pytest.mark.gpu(devices=2)
+@pytest.mark.timeout(110)
+def test_processes_with_a_gpu_each(unit: UnitOfRanks) -> None:
+    assert all(voids for _, voids in unit.join(timeout_s=TIMEOUT_S))
+    assert not any(voids for _, voids in unit.join(fresh=False, timeout_s=TIMEOUT_S))
+    assert check(unit) == []
+    interrupt(unit)
+    unit.join(timeout_s=TIMEOUT_S)
+    assert "blamed 1" in lose(unit, 128)[0]
+    assert "right" in recover(unit, 128)[0]
