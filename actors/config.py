@@ -4,6 +4,7 @@ Owns the keys, their defaults and their bounds. "auto" values are resolved once,
 or by the rank that knows its device. Unknown keys are errors. The environment is not read here.
 """
 
+import hashlib
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -92,6 +93,21 @@ class PipelineConfig:
     def as_dict(self) -> dict[str, Any]:
         """The config as plain data, for the wire and for `parse`."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @property
+    def contents(self) -> str:
+        """A name for what ranks of this pipeline have in memory. Pipelines share it if they differ only in how many
+        ranks there are, in names, and in how long somebody waits: ranks of one can be taken over by the other.
+        """
+        kept = {key: value for key, value in self.as_dict().items() if key not in _OUTSIDE_OF_RANKS}
+        return hashlib.sha256(msgspec.json.encode(kept, order="sorted")).hexdigest()[:16]
+
+
+_OUTSIDE_OF_RANKS = frozenset({
+    "served_model_name", "attention_ranks", "expert_ranks", "expert_replicas", "expert_slots", "threads_per_rank",
+    "max_queued_requests", "step_timeout_s", "group_timeout_s", "join_timeout_s", "rank_silence_s",
+    "recovery_timeout_s", "lease_s", "ingress_lease_s",
+})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

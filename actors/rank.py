@@ -100,6 +100,11 @@ class Rank:
         return structs.replace(held.spec, slots=held.experts.slots)
 
     @property
+    def contents(self) -> str:
+        """Of which pipeline it holds something (`PipelineConfig.contents`); empty where it holds nothing."""
+        return self._held.pipeline.contents if self._held else ""
+
+    @property
     def experts(self) -> ExpertWorker | None:
         return self._held.experts if self._held else None
 
@@ -118,12 +123,14 @@ class Rank:
         serves would change.
         """
         held = self._held
-        if held is None or (held.pipeline, held.spec.roles, held.spec.shard) != (pipeline, spec.roles, spec.shard):
+        parts = (pipeline.contents, spec.roles, spec.shard)
+        if held is None or (held.pipeline.contents, held.spec.roles, held.spec.shard) != parts:
             if self._epoch is not None and self._epoch.epoch > self._last_over:
                 raise RankError(self.rank, "cannot become another rank while it serves")
             self._held = None  # before its successor takes the memory
             self._held = self._load_all(spec, pipeline, sources, report)
         else:
+            held.pipeline = pipeline
             self._change_slots(held, spec, sources, report)
 
     def _change_slots(

@@ -146,7 +146,7 @@ class RankLoop:
             case Beat():
                 self._reply(Alive(rank=self._rank.rank, pace=self._rank.pace))
             case Attach():
-                self._reply(Attached(rank=self._rank.rank, spec=self._rank.spec))
+                self._reply(Attached(rank=self._rank.rank, spec=self._rank.spec, contents=self._rank.contents))
             case Leave(epoch=epoch):
                 self._rank.interrupt(epoch)
             case Load():

@@ -278,10 +278,11 @@ class Alive(Struct, frozen=True, array_like=True, kw_only=True, tag="alive"):
 
 
 class Attached(Struct, frozen=True, array_like=True, kw_only=True, tag="attached"):
-    """What the rank holds; None where it has loaded nothing yet."""
+    """What the rank holds, and of which pipeline (`PipelineConfig.contents`); None where it has loaded nothing yet."""
 
     rank: int
     spec: RankSpec | None = None
+    contents: str = ""
 
 
 class Progress(Struct, frozen=True, array_like=True, kw_only=True, tag="progress"):

@@ -96,11 +96,15 @@ class EpochMachine:
         pipeline: dict[str, Any],
         store: str,
         join_timeout_s: float,
+        contents: str = "",
     ) -> None:
-        """`pipeline` is the PipelineConfig as plain data; `store` the endpoint at which the ranks of an epoch meet."""
+        """`pipeline` is the PipelineConfig as plain data, `contents` its property of that name; `store` the endpoint at
+        which the ranks of an epoch meet.
+        """
         self.goal = goal
         self._planner = planner
         self._pipeline = pipeline
+        self._contents = contents
         self._store = store
         self._join_timeout_s = join_timeout_s
         self._members: dict[int, _Member] = {}
@@ -216,6 +220,8 @@ class EpochMachine:
     def on_attached(self, message: Attached, now_s: float) -> list[Action]:
         if message.rank not in self._finding:
             return []
+        if message.spec is not None and message.contents != self._contents:
+            return self.evict(message.rank, "what it holds is another pipeline's", now_s)
         self._members[message.rank].spec = message.spec
         self._finding.discard(message.rank)
         return [] if self._finding else self._found(now_s)

@@ -15,9 +15,9 @@ from msgspec import structs
 
 from actors.types import Pace, RankSpec, Role
 
-WINDOW_S = 1.0  # a window is this long at least,
+WINDOW_S = 3.0  # a window is this long at least, so that what strikes now and then evens out,
 WINDOW_STEPS = 8  # and has as many steps
-FRESH_S = 5.0  # an older window says nothing about now
+FRESH_S = 9.0  # an older window says nothing about now
 MIN_PEERS = 2  # of two ranks that differ, nobody knows who is right
 MIN_PAST_WINDOWS, MAX_PAST_WINDOWS = 10, 32
 MIN_EXCESS_S = 0.001  # per step: less is not worth a change, however many times as long it is
@@ -72,6 +72,18 @@ class _Record:
     past: deque[Window] = field(default_factory=lambda: deque(maxlen=MAX_PAST_WINDOWS))
     slow_since_s: float | None = None
 
+    def is_slow_for_s(self, times: float, factor: float) -> float:
+        """For how long it has been slow, by its windows and not by the clock; below 0 if it is not.
+
+        It begins at `factor` times as long as it should take, and ends well below.
+        """
+        excess_s = self.window.busy_s / self.window.num_steps * (1 - 1 / times) if self.window and times > 1 else 0.0
+        if times < CALM * factor or excess_s < MIN_EXCESS_S:
+            self.slow_since_s = None
+        elif times >= factor and self.slow_since_s is None:
+            self.slow_since_s = self.window_s
+        return -1.0 if self.slow_since_s is None or times < factor else self.window_s - self.slow_since_s
+
 
 class SlowRanks:
     """Give it what ranks report with `note`, and ask with `find` about once a second."""
@@ -119,20 +131,13 @@ class SlowRanks:
         found: list[tuple[float, int]] = []
         for rank, record in self._records.items():
             times, _ = measured.get(rank, (0.0, ""))
-            window = record.window
-            excess_s = window.busy_s / window.num_steps * (1 - 1 / times) if window and times > 1 else 0.0
-            if not factor or times < CALM * factor or excess_s < MIN_EXCESS_S:
-                record.slow_since_s = None
-            elif times >= factor:
-                record.slow_since_s = record.window_s if record.slow_since_s is None else record.slow_since_s
-                if record.window_s - record.slow_since_s >= after_s:  # by what was measured, not by the clock
-                    found.append((times, rank))
-        if not found or now_s < self._paused_until_s:
+            if record.is_slow_for_s(times, factor) >= after_s:
+                found.append((times, rank))
+        if not found or not factor or now_s < self._paused_until_s:
             return None
         times, rank = max(found)
-        return SlowRank(
-            rank=rank, why=f"rank {rank} is slow: {times:.1f} times as long per step as {measured[rank][1]}"
-        )
+        why = f"rank {rank} is slow: {times:.1f} times as long per step as {measured[rank][1]}"
+        return SlowRank(rank=rank, why=why)
 
     def replaced(self, now_s: float) -> None:
         """Something is being done about the rank that was found; nobody else is found for a while."""

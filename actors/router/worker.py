@@ -99,7 +99,7 @@ class Router:
     ) -> None:
         """`pipeline` has nothing on auto. `store` is the endpoint at which the ranks of an epoch meet."""
         goal = Goal(attention_ranks=pipeline.attention_ranks, expert_ranks=pipeline.expert_ranks)
-        machine = EpochMachine(planner, goal, pipeline.as_dict(), store, pipeline.join_timeout_s)
+        machine = EpochMachine(planner, goal, pipeline.as_dict(), store, pipeline.join_timeout_s, pipeline.contents)
         self._context: zmq.Context[Any] = zmq.Context()
         self._channels = _Channels(self._context, keys)
         self._core = RouterCore(pipeline, SchedulerLimits.of(pipeline, model), machine, scaler, fleet, self._channels)

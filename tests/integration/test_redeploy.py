@@ -65,19 +65,20 @@ def deploy_again(head: RayHead, pipeline: dict[str, Any]) -> None:
 
 @pytest.mark.timeout(240)
 def test_other_keys_are_taken_over_by_the_ranks_and_open_calls_go_on(head: RayHead) -> None:
-    """Other step sizes need no other weights, so that no token changes."""
+    """How long somebody waits, and how many expert ranks there are, is nothing that a rank holds."""
     undisturbed, ranks = token_ids(complete(head, TOKENS)), rank_pids(head)
     asking = Asking(head)
     asking.start()
     head.wait_until(lambda: head.metric("ray_corral_requests_running") > 0, WITHIN_S)
-    deploy_again(head, PIPELINE | {"max_num_batched_tokens": 512})
+    deploy_again(head, PIPELINE | {"max_queued_requests": 100, "step_timeout_s": 8.0, "expert_ranks": 3})
     assert token_ids(asking.result()) == undisturbed
-    assert rank_pids(head) == ranks, "a rank was replaced"
+    head.wait_until(lambda: len(rank_pids(head)) == 4, WITHIN_S)
+    assert set(ranks) <= set(rank_pids(head)), "a rank was replaced"
 
 
 @pytest.mark.timeout(240)
-def test_another_model_is_loaded_by_the_ranks_and_open_calls_end(head: RayHead) -> None:
-    before = token_ids(complete(head, 8))
+def test_another_model_gets_other_ranks_and_open_calls_end(head: RayHead) -> None:
+    before, ranks = token_ids(complete(head, 8)), rank_pids(head)
     asking = Asking(head)
     asking.start()
     head.wait_until(lambda: head.metric("ray_corral_requests_running") > 0, WITHIN_S)
@@ -86,3 +87,4 @@ def test_another_model_is_loaded_by_the_ranks_and_open_calls_end(head: RayHead) 
     assert reply.status_code == 503 and "another model" in reply.text
     assert token_ids(complete(head, 8)) != before
     head.wait_until(lambda: len(rank_pids(head)) == 2, WITHIN_S)
+    assert not set(ranks) & set(rank_pids(head))

@@ -241,6 +241,20 @@ def test_a_router_that_restarts_takes_over_what_it_finds() -> None:
     assert begin.epoch.store == "", "one rank meets nobody"
 
 
+def test_found_ranks_that_hold_another_pipelines_weights_are_replaced() -> None:
+    """Their slots are named as ours are, and hold something else."""
+    road = Road(A, B)
+    road.machine.begin((3, 5), 100.0)
+    for rank in (3, 5):
+        road.machine.up(rank, endpoints(rank), 100.0)
+    spec = RankSpec(rank=5, roles=("attention", "expert"), slots={1: (0, 1)})
+    road.play(road.machine.on_attached(Attached(rank=3), 100.0))
+    done = road.play(road.machine.on_attached(Attached(rank=5, spec=spec, contents="another"), 100.0))
+    assert Kill(5) in done
+    begin = next(action for action in done if isinstance(action, BeginServing))
+    assert not {3, 5} & {member.rank for member in begin.epoch.ranks}
+
+
 def test_found_ranks_that_stay_silent_are_given_up() -> None:
     road = Road(A, B)
     road.machine.begin((7,), 100.0)

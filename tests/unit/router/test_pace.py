@@ -78,7 +78,7 @@ def test_a_hiccup_is_not_for_good() -> None:
         ranks.slowness[1] = 20.0
         assert ranks.run(AFTER_S - 3) is None
         ranks.slowness[1] = 1.0
-        assert ranks.run(5) is None
+        assert ranks.run(10) is None
 
 
 def test_a_hot_rank_is_not_slow() -> None:
