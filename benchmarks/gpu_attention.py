@@ -2,13 +2,15 @@
 
 Every case is a CUDA graph of several layers, each with a cache of its own, so that no layer finds its keys and values
 in the second-level cache. Prints the median microseconds per layer, GB/s of the bytes that the kernel has to move, and
-their share of what an elementwise kernel reaches in the same run; FlashInfer stands beside ours where it is installed.
+their share of what an elementwise kernel reaches in the same run; for runs of prompts TFLOP/s, and how long the first
+call of a new length takes.
 
     python -m benchmarks.gpu_attention [--heads 40:8,10:2] [--batch 1,8,32,128,256] [--context 1024,2048] [--fp8-cache]
 """
 
 import argparse
 import itertools
+import time
 from collections.abc import Callable
 
 import torch
@@ -18,7 +20,7 @@ from actors.kernels.decode_attention import DecodeContext, DecodeScratch, decode
 from actors.kernels.decode_inputs import PageTable
 from actors.kernels.heads import Heads, store_heads
 from actors.kernels.norm import add_rms_norm
-from actors.kernels.prefill_attention import WORKSPACE_BYTES, PagedPrefill, PrefillRun, is_available
+from actors.kernels.prefill_attention import PackedRuns, packed_attention, run_attention
 from benchmarks.gpu_timing import memory_gb_per_s, time_us
 
 CUDA = torch.device("cuda")
@@ -55,7 +57,7 @@ class Case:
         )
         self.q_BHd = self.qkv_BN.view(num_rows, -1, HEAD_DIM)[:, : heads.num_heads]
 
-    def ours(self) -> Callable[[], None]:
+    def launch(self) -> Callable[[], None]:
         context = DecodeContext(
             seats_B=torch.arange(self.num_rows, dtype=torch.int32, device=CUDA),
             positions_B=torch.full((self.num_rows,), self.context_tokens - 1, device=CUDA),
@@ -70,48 +72,18 @@ class Case:
 
         return launch
 
-    def flashinfers(self) -> Callable[[], None]:
-        import flashinfer
-
-        rows = torch.arange(self.num_rows + 1, dtype=torch.int32)
-        width = self.pages_BW.shape[1]
-        last = torch.full((self.num_rows,), self.context_tokens - (width - 1) * PAGE_TOKENS, dtype=torch.int32)
-        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-            torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=CUDA),
-            use_cuda_graph=True,
-            use_tensor_cores=True,
-            paged_kv_indptr_buffer=torch.empty(self.num_rows + 1, dtype=torch.int32, device=CUDA),
-            paged_kv_indices_buffer=torch.empty(self.num_rows * width, dtype=torch.int32, device=CUDA),
-            paged_kv_last_page_len_buffer=torch.empty(self.num_rows, dtype=torch.int32, device=CUDA),
-        )
-        wrapper.plan(
-            rows * width, self.pages_BW.view(-1), last, self.heads.num_heads, self.heads.num_kv_heads, HEAD_DIM,
-            PAGE_TOKENS, q_data_type=DTYPE, kv_data_type=self.layers_LPSHd.dtype,
-        )  # fmt: skip
-        out_BHd = torch.empty_like(self.q_BHd, memory_format=torch.contiguous_format)
-
-        def launch() -> None:
-            for pages_PSHd in self.layers_LPSHd:
-                wrapper.run(self.q_BHd, pages_PSHd.split(self.heads.num_kv_heads, dim=2), out=out_BHd)
-
-        return launch
-
 
 def report(name: str, num_rows: int, context: str, us: float, num_bytes: float, peak: float) -> None:
     rate = num_bytes / us / 1e3
     print(f"{name:24} {num_rows:6} {context:>8} {us:10.1f} {rate:8.0f} {rate / peak:7.0%}", flush=True)
 
 
-def compare_decode(heads: Heads, options: argparse.Namespace, peak: float) -> None:
+def decode(heads: Heads, options: argparse.Namespace, peak: float) -> None:
     cache_dtype = torch.float8_e4m3fn if options.fp8_cache else DTYPE
-    has_flashinfer = is_available(CUDA, DTYPE, HEAD_DIM)
     for num_rows, tokens in itertools.product(options.batch, options.context):
         case = Case(heads, num_rows, tokens, cache_dtype)
-        kinds = {"ours": case.ours} | ({"flashinfer": case.flashinfers} if has_flashinfer else {})
-        for kind, make in kinds.items():
-            us = graph_us(make()) / case.num_layers
-            name = f"{kind} {heads.num_heads}:{heads.num_kv_heads}"
-            report(name, num_rows, str(tokens), us, case.kv_bytes, peak)
+        us = graph_us(case.launch()) / case.num_layers
+        report(f"decode {heads.num_heads}:{heads.num_kv_heads}", num_rows, str(tokens), us, case.kv_bytes, peak)
 
 
 def small_kernels(heads: Heads, options: argparse.Namespace, peak: float) -> None:
@@ -148,26 +120,56 @@ def small_kernels(heads: Heads, options: argparse.Namespace, peak: float) -> Non
         )
 
 
-def prefill(heads: Heads) -> None:
-    """TFLOP/s of FlashInfer's paged prefill: a chunk alone, and the end of a long context."""
-    for num_queries, num_keys in ((8192, 8192), (1024, 8192)):
-        pages_PSHd = torch.randn(num_keys // PAGE_TOKENS, PAGE_TOKENS, 2 * heads.num_kv_heads, HEAD_DIM, device=CUDA)
-        q_THd = torch.randn(num_queries, heads.num_heads, HEAD_DIM, device=CUDA).to(DTYPE)
-        paged = PagedPrefill(heads, PAGE_TOKENS, DTYPE, DTYPE)
-        paged.start(CUDA)
-        ids_N = torch.randperm(num_keys // PAGE_TOKENS).numpy()
-        paged.plan([PrefillRun(num_queries=num_queries, num_keys=num_keys, page_ids_N=ids_N)])
-        pages_PSHd = pages_PSHd.to(DTYPE)
+def prompts(heads: Heads) -> None:
+    """TFLOP/s of runs that begin their context, one call for each, and of others, which are packed."""
+    name = f"{heads.num_heads}:{heads.num_kv_heads}"
+    for num_runs, num_tokens in ((8, 1024), (1, 8192), (16, 512)):
+        q, k, v = _split(heads, num_runs * num_tokens)
+        runs = list(zip(q.split(num_tokens), k.split(num_tokens), v.split(num_tokens), strict=True))
+        us = graph_us(lambda runs=runs: [run_attention(*run) for run in runs])  # type: ignore[misc]
+        _report_run(f"fresh {name}", heads, [(num_tokens, num_tokens)] * num_runs, us)
+    for sizes in ([(1024, 1024)] * 8, [(1024, 8192)], [(2048, 4096)] * 4, [(128, 1024)] * 8):
+        num_queries, num_keys = (sum(column) for column in zip(*sizes, strict=True))
+        q = _split(heads, num_queries)[0]
+        tokens_NHd = torch.randn(num_keys, 2 * heads.num_kv_heads, HEAD_DIM, device=CUDA).to(DTYPE)
+        slots_N = torch.randperm(num_keys // PAGE_TOKENS, device=CUDA).repeat_interleave(PAGE_TOKENS) * PAGE_TOKENS
+        slots_N += torch.arange(num_keys, device=CUDA) % PAGE_TOKENS
+        ends_2R1 = torch.tensor([(0, 0), *sizes]).cumsum(0).int().T.contiguous().to(CUDA)
+        packed = PackedRuns(query_ends_R1=ends_2R1[0], key_ends_R1=ends_2R1[1], sizes=tuple(sizes))
 
-        def launch(q: Tensor = q_THd, pages: Tensor = pages_PSHd, paged: PagedPrefill = paged) -> None:
-            paged.run(q, pages)
+        def launch(q: Tensor = q, kept: Tensor = tokens_NHd, at: Tensor = slots_N, runs: PackedRuns = packed) -> None:
+            packed_attention(q, *kept.index_select(0, at).split(heads.num_kv_heads, dim=1), runs)
 
-        us = graph_us(launch)
-        pairs = num_queries * (num_keys - num_queries / 2)
-        rate = 4 * pairs * heads.num_heads * HEAD_DIM / us / 1e6
-        print(
-            f"prefill {heads.num_heads}:{heads.num_kv_heads}: {num_queries} of {num_keys} {us:.0f} us {rate:.0f} TF/s"
-        )
+        _report_run(f"packed {name}", heads, sizes, graph_us(launch))
+
+
+def _split(heads: Heads, num_tokens: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values of tokens, as the fused projection leaves them."""
+    qkv_THd = torch.randn(num_tokens, heads.num_heads + 2 * heads.num_kv_heads, HEAD_DIM, device=CUDA).to(DTYPE)
+    return qkv_THd.split((heads.num_heads, heads.num_kv_heads, heads.num_kv_heads), dim=1)
+
+
+def _report_run(name: str, heads: Heads, sizes: list[tuple[int, int]], us: float) -> None:
+    flop = sum(4 * queries * (keys - queries / 2) for queries, keys in sizes) * heads.num_heads * HEAD_DIM
+    print(
+        f"{name:14} {len(sizes)} x {sizes[0][0]} of {sizes[0][1]} {us:8.0f} us {flop / us / 1e6:6.0f} TFLOP/s",
+        flush=True,
+    )
+
+
+def first_calls(heads: Heads) -> None:
+    """Milliseconds of the first, second and third call of lengths that are new to the process."""
+    for num_tokens in (512, 1024, 1536, 2048, 1000, 4096, 1333):
+        q, k, v = _split(heads, num_tokens)
+        taken_ms = []
+        for _ in range(3):
+            torch.cuda.synchronize()
+            began_s = time.perf_counter()
+            run_attention(q, k, v)
+            called_s = time.perf_counter()
+            torch.cuda.synchronize()
+            taken_ms.append(f"{(called_s - began_s) * 1e3:.2f}+{(time.perf_counter() - called_s) * 1e3:.2f}")
+        print(f"calls of {num_tokens:5} tokens, ms on the host + until done: {' '.join(taken_ms)}", flush=True)
 
 
 def main() -> None:
@@ -183,10 +185,11 @@ def main() -> None:
     for pair in options.heads.split(","):
         num_heads, num_kv_heads = map(int, pair.split(":"))
         heads = Heads(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=HEAD_DIM, qk_norm_eps=1e-5)
-        compare_decode(heads, options, peak)
-        small_kernels(heads, options, peak)
-        if is_available(CUDA, DTYPE, HEAD_DIM):
-            prefill(heads)
+        with torch.inference_mode():
+            first_calls(heads)
+            prompts(heads)
+            decode(heads, options, peak)
+            small_kernels(heads, options, peak)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

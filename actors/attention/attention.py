@@ -2,8 +2,8 @@
 
 Owns the arithmetic between the fused projection and the output projection: rotation, norm, temperature, the write
 into the cache and the softmax over what each row may see. What it may see was decided in `page_groups.py`. Keys and
-values are never repeated for grouped queries. This is plain torch, for every device and dtype; what is faster on a GPU
-is in `decode.py` and `mixed.py`.
+values are never repeated for grouped queries. This is plain torch, which is what a CPU runs; a GPU's is in `decode.py`
+and `mixed.py`.
 """
 
 import torch

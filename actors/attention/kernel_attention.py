@@ -42,10 +42,6 @@ class KernelAttention:
         self._cache = cache
         self._scratch = DecodeScratch(self.heads, max_singles, device)
 
-    def pages(self, layer: int) -> Tensor:
-        """pages_PSHd of one layer."""
-        return self._cache.layers[layer].pages_PSHd
-
     def store(
         self, layer: int, qkv_TQ: Tensor, slots_T: Tensor, rotations_TR2: Tensor, temperatures_T: Tensor | None
     ) -> None:
@@ -75,7 +71,9 @@ class KernelAttention:
             table=self._table(is_chunked),
             chunk_tokens=config.chunk_tokens if is_chunked else 0,
         )
-        return decode_attention(self.queries(qkv_BQ), self.pages(layer), context, self.heads, self._scratch)
+        return decode_attention(
+            self.queries(qkv_BQ), self._cache.layers[layer].pages_PSHd, context, self.heads, self._scratch
+        )
 
     def _table(self, is_chunked: bool) -> PageTable:
         table = self.tables.chunked_table if is_chunked else self.tables.global_table

@@ -118,6 +118,11 @@ class LayerCache:
         pages_NSHd = self.flat_PN.index_select(0, page_ids_N).view(-1, *self.pages_PSHd.shape[1:])
         return pages_NSHd.view(self.pages_PSHd.dtype).to(dtype)
 
+    def read_tokens(self, slots_N: Tensor, dtype: torch.dtype) -> Tensor:
+        """[N, 2 * Hkv, head_dim]: a copy of tokens."""
+        kv_NHd = as_integers(self.tokens_NHd).index_select(0, slots_N)
+        return kv_NHd.view(self.tokens_NHd.dtype).to(dtype)
+
 
 def as_integers(values: Tensor) -> Tensor:
     """fp8 as the bytes that it is, for what torch cannot do with fp8; anything else as it is."""

@@ -59,16 +59,16 @@ class LocalModel:
         needed = -(-len(prompt_ids) // self.pools.page_tokens)
         if needed > self.pools.global_pages or (self.config.chunked_layers and needed > self.pools.chunked_pages):
             raise ValueError(f"{needed} pages are needed; the cache has {self.pools}")
-        pages = tuple(range(needed))
         admission = Admission(request_idx=0, prompt_ids=tuple(prompt_ids), output_ids=(), sampling=GREEDY)
         self.attention.take_in(RankPlan(admitted=(admission,)))
-        parts, start = [], 0
+        parts, start, granted = [], 0, 0
         for size in sizes:
+            pages = tuple(range(granted, -(-(start + size) // self.pools.page_tokens)))
             work = Work(
                 request_idx=0, start=start, num_tokens=size, samples=False, global_pages=pages, chunked_pages=pages
             )
             self.attention.take_in(RankPlan(work=(work,)))
             _, h_TD = self.attention.forward((work,))
             parts.append(self.attention.logits(h_TD))
-            start, pages = start + size, ()
+            start, granted = start + size, granted + len(pages)
         return torch.cat(parts)

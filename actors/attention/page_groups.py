@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from actors.attention.requests import Ids, PageTable
+from actors.kernels.prefill_attention import PackedRuns
 
 DECODE_BYTES = 1 << 20  # keys and values that one decode group reads per layer on a CPU, so that they stay in cache
 SIMILAR_TOKENS = 64  # contexts up to this long are padded to each other whatever their ratio
@@ -76,14 +77,37 @@ class Run:
     mask_QL: Tensor | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedRuns:
+    """Runs that read the cache: which rows they are, and where their keys are (int64: page * page_tokens + offset)."""
+
+    runs: PackedRuns
+    rows: slice | Tensor
+    key_slots_N: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptRuns:
+    """What `mixed.py` needs of the rows behind those of one token. Runs never cross the end of a chunk.
+
+    `fresh`: rows of runs that begin their context and read their own keys only. `cached`: all others, if any.
+    """
+
+    fresh: tuple[slice, ...]
+    cached: CachedRuns | None
+
+
 @dataclass(frozen=True, slots=True)
 class GroupInputs:
-    """One page group's view of a step. Decode rows come first, then runs."""
+    """One page group's view of a step. Decode rows come first, then runs. Where kernels compute decode rows, and
+    `prompts` the others, there are no `decode` and `runs`.
+    """
 
     write_slots_T: Tensor  # int64: page * page_tokens + offset, where each row's key and value go
     fresh_pages_N: Tensor | None  # granted pages that the step does not fill: another request's leavings are in them
     decode: tuple[DecodeGroup, ...]
     runs: tuple[Run, ...]
+    prompts: PromptRuns | None = None
 
     @property
     def whole_decode(self) -> DecodeGroup | None:
@@ -107,10 +131,14 @@ def write_slots(page_tokens: int, singles: Sequence[Piece], longer: Sequence[Pie
     """page * page_tokens + offset of every row, in the order of the rows."""
     size = page_tokens
     parts = [np.array([p.table.pages[p.start // size] * size + p.start % size for p in singles], dtype=np.int64)]
-    for piece in longer:
-        positions = np.arange(piece.start, piece.end, dtype=np.int64)
-        parts.append(piece.table.pages[positions // size] * size + positions % size)
+    parts += [token_slots(page_tokens, piece.table, piece.start, piece.end) for piece in longer]
     return np.concatenate(parts)
+
+
+def token_slots(page_tokens: int, table: PageTable, start: int, stop: int) -> Ids:
+    """page * page_tokens + offset of the tokens [start, stop) of a request."""
+    positions = np.arange(start, stop, dtype=np.int64)
+    return table.pages[positions // page_tokens] * page_tokens + positions % page_tokens
 
 
 class GroupBuilder:

@@ -27,18 +27,18 @@ from actors.checkpoint.weights import AttentionWeights, Shard, dummy_attention, 
 from actors.config import PipelineConfig
 from actors.dispatch.contract import Dispatch, ExpertCompute
 from actors.dispatch.tensor_parallel import ALONE, TensorParallel, shard_config
-from actors.kernels.prefill_attention import is_available
 from actors.kernels.triton_here import HAS_TRITON
 from actors.precision import compute_dtype
 from actors.types import Admission, RankPlan, SampledToken, SamplingParams, Work
 
 CPU_CACHE_BYTES = 256 << 20
+MOST_COPIED_TOKENS = 1 << 18  # room is kept for; longer contexts live on what `gpu_memory_utilization` leaves
 DUMMY_SEED = 0
 GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 
 
 def uses_kernels(device: torch.device) -> bool:
-    """Whether attention of decode steps is computed by kernels. (A CPU has better: fewer, larger operations.)"""
+    """Whether attention is computed by kernels. (A CPU has better: fewer, larger operations.)"""
     return device.type == "cuda" and HAS_TRITON
 
 
@@ -116,8 +116,7 @@ class AttentionWorker:
         attention = KernelAttention(config, cache, self._tables, max_rows, device)
         if not self._pipeline.enforce_eager:
             self._decode = DecodeSteps(self._model, config, attention, max_rows, device)
-        if is_available(device, self._dtype, config.head_dim):
-            self._mixed = MixedAttention(config, attention, self._dtype, cache, device)
+        self._mixed = MixedAttention(config, attention, cache, device)
 
     @torch.inference_mode()
     def rehearse(self, experts: ExpertCompute | None, num_slots: Mapping[int, int]) -> None:
@@ -204,8 +203,6 @@ class AttentionWorker:
             logits_BV, seats_B = self._decode.run(plan.work, self._requests, most_rows)
             dispatch.end_step()
             return self._sample(request_idxs, logits_BV, seats_B)
-        if self._tables is not None:
-            self._tables.grant(plan.work, self._requests)
         inputs, h_TD = self.forward(plan.work)
         dispatch.end_step()
         if not inputs.sampled:
@@ -222,6 +219,8 @@ class AttentionWorker:
     def forward(self, work: Sequence[Work]) -> tuple[StepInputs, Tensor]:
         """Computes at least one piece of work without sampling: the step's inputs and its hidden states h_TD."""
         assert self._builder and self.cache and self._dispatch, "the cache and an epoch come before steps"
+        if self._tables is not None:
+            self._tables.grant(work, self._requests)
         inputs = self._builder.build(work, self._requests)
         attend = self._attend(inputs, self.cache)
         return inputs, self._model.forward(inputs.ids_T, inputs.positions_T, attend, self._dispatch)
@@ -267,10 +266,14 @@ class AttentionWorker:
         return max(0, free_bytes - spared_bytes - self._workspace_bytes())
 
     def _workspace_bytes(self) -> int:
-        """What a step needs beside weights and cache: activations of every token, logits thrice, and the sampler's."""
+        """What a step needs beside weights and cache: activations of every token, logits thrice, the sampler's, and a
+        long request's keys and values of one layer, copied out of their pages.
+        """
         config, tokens = self._config, self._pipeline.max_num_batched_tokens
         widest = max(config.dense_width, config.expert_width * config.experts_per_token, config.hidden_size)
         num_sampled = min(self._pipeline.max_num_seqs, tokens)
         logits_bytes = 3 * 4 * config.vocab_size * num_sampled
         sampler_bytes = workspace_bytes(config.vocab_size, self._pipeline.max_num_seqs)
-        return 8 * tokens * widest * self._dtype.itemsize + logits_bytes + sampler_bytes
+        num_copied = min(self._longest_tokens, MOST_COPIED_TOKENS)
+        copied_bytes = 2 * config.num_kv_heads * config.head_dim * self._dtype.itemsize * num_copied
+        return 8 * tokens * widest * self._dtype.itemsize + logits_bytes + sampler_bytes + copied_bytes

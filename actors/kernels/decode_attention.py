@@ -16,7 +16,6 @@ from actors.kernels.decode_inputs import PageTable
 from actors.kernels.heads import Heads
 from actors.kernels.triton_here import HAS_TRITON, tl, triton
 
-PROGRAMS_PER_SM = 2  # as many as there is shared memory for: a share is what one of them reads if lengths are equal
 LEAST_KEYS = 128  # that are worth a program of their own
 _ROW_BLOCKS = (16, 256, 1024)  # compiled forms: rows whose lengths every program reads, to find its own work
 _JOINED_VALUES = 8192  # read at once by a program that joins
@@ -41,19 +40,26 @@ class DecodeContext:
 class DecodeScratch:
     """What the programs of a row leave for the one that joins them; shared by all layers, one launch after another.
 
-    All rows' keys are dealt in `num_shares` about equal shares for each kv head, but none of several rows: at most
-    `num_shares + max_rows` pieces. The counters are zero between launches. Launches that may overlap need a scratch
+    All rows' keys are dealt in about equal shares for each kv head, but none of several rows: at most
+    `num_shares() + max_rows` pieces. The counters are zero between launches. Launches that may overlap need a scratch
     each. At most 1024 rows.
     """
 
-    def __init__(self, heads: Heads, max_rows: int, device: torch.device, num_shares: int | None = None) -> None:
-        if num_shares is None:
-            num_shares = max(1, PROGRAMS_PER_SM * _num_sms(device) // heads.num_kv_heads)
-        self.num_shares = num_shares
-        num_parts = (num_shares + max_rows) * heads.num_heads
+    def __init__(self, heads: Heads, max_rows: int, device: torch.device, fixed_shares: int | None = None) -> None:
+        """`fixed_shares`: for every launch, instead of what its tile says."""
+        self._fixed_shares = fixed_shares
+        self._sms_per_head = _num_sms(device) / heads.num_kv_heads
+        most_shares = max(self.num_shares(per_sm) for per_sm in range(1, MOST_PER_SM + 1))
+        num_parts = (most_shares + max_rows) * heads.num_heads
         self.parts = torch.empty(num_parts * heads.head_dim, dtype=torch.float32, device=device)
         self.weights = torch.empty(num_parts, dtype=torch.float32, device=device)
         self.num_finished = torch.zeros(max_rows * heads.num_kv_heads, dtype=torch.int32, device=device)
+
+    def num_shares(self, per_sm: int) -> int:
+        """Of one kv head, where all heads together have `per_sm` for each multiprocessor."""
+        if self._fixed_shares is not None:
+            return self._fixed_shares
+        return max(1, int(per_sm * self._sms_per_head))
 
 
 def _num_sms(device: torch.device) -> int:
@@ -93,18 +99,32 @@ def _with_torch(q_BHd: Tensor, pages_PSHd: Tensor, context: DecodeContext, heads
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
-    """Launch shape of a program: keys per iteration, warps, and loads in flight."""
+    """Launch shape: keys per iteration of a program, its warps and loads in flight, and shares per multiprocessor."""
 
     keys: int
     warps: int
     stages: int
+    per_sm: int = 2
 
 
-def choose_tile(head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> Tile:
+# By rows times kv heads. On an H200 in bf16, head_dim 128, contexts of 1,024, each line took so many microseconds where
+# it is chosen, and Tile(keys=64, warps=4, stages=3) those in brackets.
+_TILES = (
+    (128, Tile(keys=64, warps=2, stages=3)),  # 8 kv heads: 1 row 10.4 (11.2), 8: 17.6 (20.2); 2: 32 rows 18.1 (21.0)
+    (384, Tile(keys=64, warps=8, stages=3)),  # 8 kv heads: 32 rows 39.6 (43.2), and of 2,048 tokens 71.0 (76.8)
+    (768, Tile(keys=128, warps=4, stages=2, per_sm=3)),  # 2 kv heads: 256 rows 75.2 (87.2)
+    (1 << 62, Tile(keys=64, warps=4, stages=3, per_sm=3)),  # 8 kv heads: 128 rows 140.2 (140.8), 256: 266.2 (268.5)
+)
+MOST_PER_SM = max(tile.per_sm for _, tile in _TILES)
+
+
+def choose_tile(num_rows: int, heads: Heads, dtype: torch.dtype, cache_dtype: torch.dtype) -> Tile:
     """Fixed by measurement, never tuned while serving."""
     if dtype == torch.float32:
         return Tile(keys=32, warps=4, stages=2)
-    return Tile(keys=64, warps=4, stages=4 if cache_dtype.itemsize == 1 else 3)
+    if cache_dtype.itemsize == 1:
+        return Tile(keys=64, warps=4, stages=4)
+    return next(tile for most, tile in _TILES if num_rows * heads.num_kv_heads <= most)
 
 
 if HAS_TRITON:
@@ -242,14 +262,15 @@ def _with_triton(
     if not num_rows:
         return out_BA
     if tile is None:
-        tile = choose_tile(heads.head_dim, q_BHd.dtype, pages_PSHd.dtype)
+        tile = choose_tile(num_rows, heads, q_BHd.dtype, pages_PSHd.dtype)
+    num_shares = scratch.num_shares(tile.per_sm)
     table_SW = context.table.pages_SW
     join_group = triton.next_power_of_2(heads.queries_per_kv)
-    _decode_kernel[(heads.num_kv_heads, scratch.num_shares + num_rows)](
+    _decode_kernel[(heads.num_kv_heads, num_shares + num_rows)](
         q_BHd, pages_PSHd, table_SW, context.seats_B, context.positions_B, out_BA,
         scratch.parts, scratch.weights, scratch.num_finished,
         q_BHd.stride(0), pages_PSHd.stride(0), pages_PSHd.stride(1), table_SW.stride(0), table_SW.shape[1],
-        out_BA.stride(0), num_rows, scratch.num_shares, context.chunk_tokens, _LOG2_E / math.sqrt(heads.head_dim),
+        out_BA.stride(0), num_rows, num_shares, context.chunk_tokens, _LOG2_E / math.sqrt(heads.head_dim),
         PAGE_TOKENS=context.table.page_tokens, NUM_KV_HEADS=heads.num_kv_heads, GROUP=heads.queries_per_kv,
         GROUP_BLOCK=max(16, join_group), HEAD_DIM=heads.head_dim, KEYS=tile.keys,
         LEAST_TILES=max(1, least_keys // tile.keys),

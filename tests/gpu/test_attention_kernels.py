@@ -1,16 +1,15 @@
-"""The attention-side kernels on a GPU against slow answers, references and torch's dense attention."""
+"""The attention-side kernels on a GPU against slow answers and references."""
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 (the name that everybody knows)
 from unit.kernels import attention_cases as cases
 
 from actors.kernels import decode_attention
 from actors.kernels.decode_attention import DecodeContext, DecodeScratch
 from actors.kernels.decode_inputs import PageTable
 from actors.kernels.heads import Heads
-from actors.kernels.prefill_attention import PagedPrefill, PrefillRun, is_available
+from actors.kernels.prefill_attention import PackedRuns, packed_attention, run_attention
 
 pytestmark = pytest.mark.gpu
 
@@ -100,9 +99,10 @@ def test_decode_graph_serves_every_length() -> None:
         torch.testing.assert_close(out_BA, expected_BA, rtol=2e-2, atol=4e-3)
 
 
-def test_decode_of_many_rows_of_random_lengths() -> None:
+@pytest.mark.parametrize("num_rows", [100, 300, 500])  # each has a tile of its own
+def test_decode_of_many_rows_of_random_lengths(num_rows: int) -> None:
     """Every row is somebody's, whatever the lengths: the numbers of programs and of pieces are not those of a plan."""
-    shape, num_rows = cases.SCOUT_QUARTER, 300
+    shape = cases.SCOUT_QUARTER
     pages_PSHd, table = long_context(num_rows, 256, shape, num_rows * 16, far=False)
     lengths_B = torch.randint(1, 257, (num_rows,), device=CUDA)
     lengths_B[7] = 1
@@ -117,30 +117,46 @@ def test_decode_of_many_rows_of_random_lengths() -> None:
         torch.testing.assert_close(got_BA, expected_BA, rtol=2e-2, atol=4e-3)
 
 
-@pytest.mark.parametrize("shape", [cases.SCOUT, cases.SCOUT_QUARTER])
-@pytest.mark.parametrize(("dtype", "cache_dtype"), [(BF16, BF16), (BF16, FP8)])
-def test_prefill(shape: Heads, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
-    if not is_available(CUDA, dtype, shape.head_dim):
-        pytest.skip("FlashInfer is not installed")
-    pages_PSHd, table = long_context(4, 1024, shape, 4 * 64, far=False)
-    pages_PSHd = pages_PSHd.to(cache_dtype)
-    sizes = [(300, 300), (1, 77), (200, 1000), (16, 32)]
-    tables = table.pages_SW.cpu().numpy()
-    runs = [PrefillRun(num_queries=q, num_keys=n, page_ids_N=ids) for (q, n), ids in zip(sizes, tables, strict=True)]
-    qkv_THd = torch.randn(sum(q for q, _ in sizes), shape.num_heads + 3, 128, dtype=dtype, device=CUDA)
-    q_THd = qkv_THd[:, : shape.num_heads]
-    prefill = PagedPrefill(shape, 16, dtype, cache_dtype)
-    prefill.start(CUDA)
-    prefill.plan(runs[::-1])  # what is planned last counts
-    prefill.plan(runs)
-    out_TA = prefill.run(q_THd, pages_PSHd)
-    low = 0
-    for seat, (num_queries, num_keys) in enumerate(sizes):
-        kv_HLd = pages_PSHd[table.pages_SW[seat].long()].flatten(0, 1)[:num_keys].to(dtype).transpose(0, 1)
-        k_HLd, v_HLd = (x.repeat_interleave(shape.queries_per_kv, 0) for x in kv_HLd.split(shape.num_kv_heads))
-        sees_QL = torch.ones(num_queries, num_keys, dtype=torch.bool, device=CUDA).tril(num_keys - num_queries)
-        q_HQd = q_THd[low : low + num_queries].transpose(0, 1)
-        expected_HQd = F.scaled_dot_product_attention(q_HQd, k_HLd, v_HLd, attn_mask=sees_QL)
-        got_TA = out_TA[low : low + num_queries]
-        torch.testing.assert_close(got_TA, expected_HQd.transpose(0, 1).flatten(1), rtol=2e-2, atol=2e-2)
-        low += num_queries
+def dense_attention(q_QHd: Tensor, k_NHd: Tensor, v_NHd: Tensor) -> Tensor:
+    """In double precision, with an explicit mask: the last query sees all keys."""
+    queries_per_kv = q_QHd.shape[1] // k_NHd.shape[1]
+    k_NHd, v_NHd = (x_NHd.double().repeat_interleave(queries_per_kv, 1) for x_NHd in (k_NHd, v_NHd))
+    scores_HQN = torch.einsum("qhd,nhd->hqn", q_QHd.double(), k_NHd) / q_QHd.shape[2] ** 0.5
+    sees_QN = torch.ones(scores_HQN.shape[1:], dtype=torch.bool, device=CUDA).tril(len(k_NHd) - len(q_QHd))
+    shares_HQN = scores_HQN.masked_fill(~sees_QN, float("-inf")).softmax(-1)
+    return torch.einsum("hqn,nhd->qhd", shares_HQN, v_NHd).flatten(1)
+
+
+def packed(sizes: list[tuple[int, int]]) -> PackedRuns:
+    ends_2R1 = torch.tensor([(0, 0), *sizes]).cumsum(0).int().T.contiguous().to(CUDA)
+    return PackedRuns(query_ends_R1=ends_2R1[0], key_ends_R1=ends_2R1[1], sizes=tuple(sizes))
+
+
+@pytest.mark.parametrize("shape", [cases.TINY, cases.SCOUT, cases.SCOUT_QUARTER])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@pytest.mark.parametrize("num_tokens", [1, 100, 512])
+def test_a_run_that_begins_its_context(shape: Heads, dtype: torch.dtype, num_tokens: int) -> None:
+    qkv_THd = torch.randn(num_tokens, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim, device=CUDA).to(dtype)
+    with torch.inference_mode():
+        q_THd, k_THd, v_THd = qkv_THd.split((shape.num_heads, shape.num_kv_heads, shape.num_kv_heads), dim=1)
+        got_TA = run_attention(q_THd, k_THd, v_THd)
+    expected_TA = dense_attention(q_THd, k_THd, v_THd)
+    tolerance = max(cases.TOLERANCES[dtype], 1e-4)  # fp32 kernels multiply in parts
+    torch.testing.assert_close(got_TA.double(), expected_TA, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [cases.TINY, cases.SCOUT, cases.SCOUT_QUARTER])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_packed_runs(shape: Heads, dtype: torch.dtype) -> None:
+    sizes = [(300, 300), (1, 77), (200, 1000), (16, 32), (1, 1)]
+    num_queries, num_keys = map(sum, zip(*sizes, strict=True))
+    qkv_THd = torch.randn(num_queries, shape.num_heads + 3, shape.head_dim, device=CUDA).to(dtype)
+    kv_NHd = torch.randn(num_keys, 2 * shape.num_kv_heads, shape.head_dim, device=CUDA).to(dtype)
+    with torch.inference_mode():
+        q_THd = qkv_THd[:, : shape.num_heads]
+        k_NHd, v_NHd = kv_NHd.split(shape.num_kv_heads, dim=1)
+        got_TA = packed_attention(q_THd, k_NHd, v_NHd, packed(sizes))
+    parts = zip(*(x.split([size[i] for size in sizes]) for i, x in ((0, q_THd), (1, k_NHd), (1, v_NHd))), strict=True)
+    expected_TA = torch.cat([dense_attention(*part) for part in parts])
+    tolerance = max(cases.TOLERANCES[dtype], 1e-4)  # fp32 kernels multiply in parts
+    torch.testing.assert_close(got_TA.double(), expected_TA, rtol=tolerance, atol=tolerance)

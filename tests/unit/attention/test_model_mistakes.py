@@ -172,7 +172,7 @@ def _dispatch(kind: type[LocalDispatch]) -> Patch:
 
 
 def softmax_scores(patch: pytest.MonkeyPatch) -> None:
-    def choose(self: Gate, x_TD: Tensor, router_ED: Tensor, lot_T: Tensor | None) -> Choice:
+    def choose(self: Gate, x_TD: Tensor, router_ED: Tensor, *_: Tensor | None) -> Choice:
         values_TK, ids_TK = F.linear(x_TD, router_ED).softmax(1).topk(self._experts_per_token, dim=1)
         return Choice(ids_TK, values_TK)
 

@@ -136,6 +136,7 @@ def check_decode(
     cache_dtype: torch.dtype,
     shape: Heads,
     case: DecodeCase,
+    num_shares: int | None = None,
 ) -> None:
     generator = torch.Generator().manual_seed(sum(case.positions))
     num_rows, page_tokens = len(case.positions), case.page_tokens
@@ -176,7 +177,7 @@ def check_decode(
         table=PageTable(pages_SW=table_SW.to(device), page_tokens=page_tokens),
         chunk_tokens=case.chunk_tokens,
     )
-    scratch = DecodeScratch(shape, num_rows, device)
+    scratch = DecodeScratch(shape, num_rows, device, num_shares)
     q_on_device = qkv_BHd.to(device)[:, : shape.num_heads]
     pages_on_device = pages_PSHd.to(device)
     for _ in range(2):  # the second launch finds the counters as the first left them

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from actors.kernels import decode_attention, heads, norm
-from actors.kernels.decode_attention import SplitPlan, Tile
+from actors.kernels.decode_attention import Tile
 from actors.kernels.triton_here import HAS_TRITON
 
 CPU = torch.device("cpu")
 FP8 = torch.float8_e4m3fn
 FP16, FP32 = torch.float16, torch.float32
 LENGTHS = cases.DecodeCase(positions=(0, 37, -1, 79, 16))
+LONG = cases.DecodeCase(positions=(1, 700), table_width=44)  # more pieces than are joined at once
 RING = cases.DecodeCase(positions=(63, 64, 700, 100), chunk_tokens=64, table_width=5)
 
 
@@ -60,21 +61,21 @@ def main() -> None:
     for dtype, rotates in ((FP32, True), (FP16, True), (FP16, False)):
         cases.check_heads(_with_triton(), CPU, dtype, dtype, cases.TINY, 4, rotates)
     for case in (LENGTHS, RING):
-        for splits in (SplitPlan(count=1, least_keys=1), SplitPlan(count=3, least_keys=1)):
-            cases.check_decode(_with_triton(splits), CPU, FP32, FP32, cases.TINY, case)
-    cases.check_decode(_with_triton(SplitPlan(count=4, least_keys=32)), CPU, FP16, FP8, cases.TINY, LENGTHS)
+        for num_shares in (1, 30):
+            cases.check_decode(_with_triton(), CPU, FP32, FP32, cases.TINY, case, num_shares)
+    cases.check_decode(_with_triton(), CPU, FP16, FP8, cases.TINY, LONG, num_shares=40)
 
 
 def _add_rms_norm(h_TD: Tensor, deltas: list[Tensor | None], weight_D: Tensor, eps: float) -> Tensor:
     return norm._with_triton(h_TD, [delta for delta in deltas if delta is not None], weight_D, eps)
 
 
-def _with_triton(splits: SplitPlan | None = None) -> cases.Implementation:
+def _with_triton() -> cases.Implementation:
     tile = Tile(keys=16, warps=4, stages=1)
     return cases.Implementation(
         add_rms_norm=_add_rms_norm,
         store_heads=heads._with_triton,
-        decode=partial(decode_attention._with_triton, tile=tile, splits=splits),
+        decode=partial(decode_attention._with_triton, tile=tile, least_keys=16),
     )
 
 

@@ -4,7 +4,6 @@ import attention_cases as cases
 import pytest
 import torch
 
-from actors.kernels.decode_attention import FULL_SPLITS, MAX_SPLITS, plan_splits
 from actors.kernels.norm import add_rms_norm
 
 CPU = torch.device("cpu")
@@ -41,14 +40,3 @@ def test_heads(dtype: torch.dtype, cache_dtype: torch.dtype, rotates: bool) -> N
 )
 def test_decode(dtype: torch.dtype, cache_dtype: torch.dtype, case: cases.DecodeCase) -> None:
     cases.check_decode(cases.PUBLIC, CPU, dtype, cache_dtype, cases.TINY, case)
-
-
-def test_splits_fill_the_device_and_no_more() -> None:
-    for num_kv_heads in (1, 2, 8):
-        programs = []
-        for num_rows in (1, 2, 7, 32, 256, 1024):
-            plan = plan_splits(num_rows, num_kv_heads, 132)
-            assert FULL_SPLITS <= plan.count <= MAX_SPLITS
-            programs.append(num_rows * num_kv_heads * plan.count)
-        assert programs[1] >= 132 or plan_splits(2, num_kv_heads, 132).count == MAX_SPLITS
-    assert plan_splits(0, 8, 132) == plan_splits(1, 8, 132)
