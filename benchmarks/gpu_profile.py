@@ -9,6 +9,7 @@ import random
 import tempfile
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from actors.config import PipelineConfig
 from actors.types import Admission, RankPlan, SamplingParams, Work
 from benchmarks.gpu_decode import describe_model
 
+PROFILED_STEPS = 3
 GREEDY = SamplingParams(max_tokens=10**6, temperature=0.0)
 
 
@@ -61,8 +63,19 @@ class Decoding:
         return self._model.attention.launch(plan)
 
 
-def profile(decoding: Decoding, num_steps: int) -> tuple[float, dict[str, tuple[int, float]]]:
-    """Milliseconds per step, and by kernel: launches and microseconds of one step."""
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Of one step: its milliseconds, launches and microseconds by kernel; and calls that make the host wait, by name, in
+    all profiled steps together.
+    """
+
+    step_ms: float
+    kernels: dict[str, tuple[int, float]]
+    waits: dict[str, int]
+
+
+def profile(decoding: Decoding, num_steps: int) -> Profile:
+    """Times `num_steps` steps, then looks into PROFILED_STEPS."""
     for _ in range(3):
         decoding.launch()
     torch.cuda.synchronize()
@@ -71,17 +84,22 @@ def profile(decoding: Decoding, num_steps: int) -> tuple[float, dict[str, tuple[
         decoding.launch()
     torch.cuda.synchronize()
     step_ms = (time.perf_counter() - began_s) / num_steps * 1e3
-    activities = [torch.profiler.ProfilerActivity.CUDA]
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(3):
+        for _ in range(PROFILED_STEPS):
             decoding.launch()
         torch.cuda.synchronize()
+    waits: dict[str, int] = defaultdict(int)
     totals: dict[str, tuple[int, float]] = defaultdict(lambda: (0, 0.0))
     for event in profiler.events():
         if event.device_type == torch.profiler.DeviceType.CUDA:
             count, us = totals[event.name]
             totals[event.name] = (count + 1, us + event.device_time)
-    return step_ms, {name: (count // 3, us / 3) for name, (count, us) in totals.items()}
+        elif "Synchronize" in event.name or event.name == "cudaMemcpy":
+            waits[event.name] += 1
+    waits["cudaDeviceSynchronize"] -= 1  # our own, after the last step
+    kernels = {name: (count // PROFILED_STEPS, us / PROFILED_STEPS) for name, (count, us) in totals.items()}
+    return Profile(step_ms, kernels, {name: count for name, count in waits.items() if count})
 
 
 def main() -> None:
@@ -105,10 +123,11 @@ def main() -> None:
         model = LocalModel.load(PipelineConfig.parse({"model": str(path), **keys}), torch.device("cuda:0"))
         print(f"{args.shape}, {args.layers} layers: ready after {time.perf_counter() - began_s:.1f} s", flush=True)
         for batch in batches:
-            step_ms, kernels = profile(Decoding(model, batch, args.context_tokens), args.steps)
-            busy_us = sum(us for _, us in kernels.values())
-            print(f"\nbatch {batch}: {step_ms:.3f} ms a step, kernels {busy_us / 1e3:.3f} ms")
-            for name, (count, us) in sorted(kernels.items(), key=lambda item: -item[1][1])[: args.kernels]:
+            seen = profile(Decoding(model, batch, args.context_tokens), args.steps)
+            busy_us = sum(us for _, us in seen.kernels.values())
+            print(f"\nbatch {batch}: {seen.step_ms:.3f} ms a step, kernels {busy_us / 1e3:.3f} ms")
+            print(f"calls that make the host wait, in {PROFILED_STEPS} steps: {seen.waits or 'none'}")
+            for name, (count, us) in sorted(seen.kernels.items(), key=lambda item: -item[1][1])[: args.kernels]:
                 print(f"{us:9.1f} us {count:5d} x  {name[:110]}")
 
 
