@@ -37,14 +37,15 @@ def check(unit: UnitOfRanks) -> list[str]:
     return wrong
 
 
-def measure(unit: UnitOfRanks) -> str:
+def measure(unit: UnitOfRanks, most_rows: int) -> str:
     """The slowest member's times as two tables."""
     names = ("all_reduce", "nccl", "add_rms_norm", "norm")
-    rows = [[n, *(f"{max(unit.ask('time_us', name, n)):.1f}" for name in names)] for n in ROWS]
+    rows = [[n, *(f"{max(unit.ask('time_us', name, n)):.1f}" for name in names)] for n in ROWS if n <= most_rows]
     header = ("tokens", "all-reduce", "NCCL all-reduce", "all-reduce, add and norm", "add and norm alone")
     gathers = [
         [n, f"{max(unit.ask('time_us', 'gather', n, VOCAB // unit.size)):.1f}", 2 * n * VOCAB >> 10]
         for n in GATHERED_ROWS
+        if n <= most_rows
     ]
     return table(header, rows) + "\n\n" + table(("rows", "gather of logits", "KiB in all"), gathers)
 
@@ -82,27 +83,34 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=torch.cuda.device_count())
     parser.add_argument("--isolated", action="store_true", help="every rank sees one GPU alone")
     parser.add_argument("--check", action="store_true", help="that results are right, no times and no losses")
+    parser.add_argument("--times", action="store_true", help="times alone")
+    parser.add_argument("--rows", type=int, default=max(ROWS), help="at most so many are timed")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--keep", action="store_true", help="write the tables to benchmarks/results")
     arguments = parser.parse_args()
-    unit = UnitOfRanks(arguments.ranks, HIDDEN, torch.bfloat16, arguments.isolated)
+    unit = UnitOfRanks(arguments.ranks, HIDDEN, getattr(torch, arguments.dtype), arguments.isolated)
     unit.start()
     try:
         took = unit.join(timeout_s=TIMEOUT_S)
         print(f"joined in {max(s for s, _ in took):.2f} s", flush=True)
         took = unit.join(fresh=False, timeout_s=TIMEOUT_S)
         print(f"joined again, keeping the memory, in {max(s for s, _ in took):.2f} s: {took}", flush=True)
-        print("wrong:", check(unit) or "nothing", flush=True)
+        if not arguments.times:
+            print("wrong:", check(unit) or "nothing", flush=True)
         if arguments.check:
             return
-        figures = measure(unit)
+        figures = measure(unit, arguments.rows)
         print(figures, flush=True)
+        if arguments.times:
+            return
         losses = interrupt(unit)
         unit.join(timeout_s=TIMEOUT_S)
         losses += lose(unit, 128) + recover(unit, 128) + lose(unit, 4)
         print("\n".join(losses), flush=True)
         if arguments.keep:
             where = f"{arguments.ranks} x {torch.cuda.get_device_name()}, torch {torch.__version__}"
-            title = "Collectives of tensor-parallel attention: microseconds per call in a CUDA graph, rows of 5120 bf16"
+            what = f"microseconds per call in a CUDA graph, rows of {HIDDEN} {arguments.dtype}"
+            title = f"Collectives of tensor-parallel attention: {what}"
             write("gpu_collectives", f"{preamble(title, where)}\n{figures}\n\n" + "\n".join(f"- {x}" for x in losses))
     finally:
         unit.stop()

@@ -65,8 +65,8 @@ class Decoding:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Of one step: its milliseconds, launches and microseconds by kernel; and calls that make the host wait, by name, in
-    all profiled steps together.
+    """Of one step: its milliseconds, launches and microseconds by kernel. `waits`: calls that make the host wait, by
+    name, in all profiled steps together.
     """
 
     step_ms: float

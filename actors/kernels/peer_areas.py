@@ -143,7 +143,7 @@ class Exchange:
         return bool(self.host[ABORT])
 
     def abort(self) -> None:
-        """Ends all waits, those on the device within microseconds. From any thread; for good."""
+        """Ends all waits, those on the device within milliseconds. From any thread; for good."""
         self.host[ABORT] = 1
 
 

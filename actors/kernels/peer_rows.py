@@ -5,8 +5,8 @@ here waits for the host, and no shape depends on data, so all of it can be captu
 experts compute. On a CPU, areas are those of threads of one process.
 
 A layer runs `push_rows` and `combine_results` on a source, `await_rows` and `push_results` on a destination; on a rank
-that is both all four, the destination's between the source's. Once a wait was given up, no later one waits: results are
-garbage then, and `Exchange.blamed` says who it was.
+that is both all four, the destination's between the source's. Once a wait was given up, later ones end after a few
+polls: results are garbage then, and `Exchange.blamed` says who it was.
 """
 
 import time

@@ -4,8 +4,8 @@ Owns the memory order. A program's threads write a row, meet at a barrier, and o
 semantics at system scope; whoever reads the flag with acquire semantics sees the row. Needs GPUs that reach each
 other's memory with native atomics (NVLink); never uses multicast. Needs Triton: imported only where it is installed.
 
-A thread that polls decides for itself when to stop, so no barrier may lie in that loop; what all threads act upon is
-read once more, by an atomic, which one thread performs for all.
+One thread polls for its program (`peer_waits_triton.py`). What all threads act upon is read once more, by an atomic,
+which one of them performs for all.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import globaltimer
 
 from actors.kernels.peer_areas import (
     ABORT,
@@ -32,6 +31,7 @@ from actors.kernels.peer_areas import (
     LayerRoutes,
     Turn,
 )
+from actors.kernels.peer_waits_triton import is_over, now_ns, read_by_one
 
 _CLOSED = tl.constexpr(CLOSED)
 _OPENED = tl.constexpr(OPENED)
@@ -43,30 +43,26 @@ _CARRIED_MASK = tl.constexpr(CARRIED_MASK)
 _SLOT_BITS = tl.constexpr(SLOT_BITS)
 _SLOT_MASK = tl.constexpr(SLOT_MASK)
 _WORD_BYTES = tl.constexpr(WORD_BYTES)
-_POLLS_PER_LOOK = tl.constexpr(128)  # at the clock and at the host's word, which is across PCIe
 
 _THREAD_BYTES = 16
 _MAX_WARPS = 8
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _await_word(word, sequence, rank, state, host, timeout_ns, SHIFT: tl.constexpr, IS_TIMED: tl.constexpr):
+def _await_word(
+    word, sequence, rank, state, host, timeout_ns, SHIFT: tl.constexpr, LANES: tl.constexpr, IS_TIMED: tl.constexpr
+):  # fmt: skip
     """(whether the word came to hold `sequence` or a later one, the word). Blames `rank` if it did not."""
-    value = tl.load(word, volatile=True)
+    lanes = tl.arange(0, LANES)
+    value = read_by_one(word, lanes)
     if (value >> SHIFT) < sequence:
-        # Interpreted, programs run one after another: nobody can be waited for.
-        is_over = (tl.load(state + _BLAMED, volatile=True) != 0) | (IS_TIMED == 0)
-        began_ns = sequence * 0
-        if IS_TIMED:
-            began_ns = globaltimer()
-        polls = 0
-        while ((value >> SHIFT) < sequence) & (is_over == 0):
-            value = tl.load(word, volatile=True)
+        began_ns = now_ns(lanes, IS_TIMED)
+        blamed = state + _BLAMED
+        polls, over = 0, 0
+        while ((value >> SHIFT) < sequence) & (over == 0):
+            value = read_by_one(word, lanes)
             polls += 1
-            if polls % _POLLS_PER_LOOK == 0:
-                is_over = (tl.load(host + _ABORT, volatile=True) != 0) | (tl.load(state + _BLAMED, volatile=True) != 0)
-                if IS_TIMED:
-                    is_over = is_over | (globaltimer() - began_ns > timeout_ns)
+            over = is_over(lanes, began_ns, polls, blamed, blamed, host + _ABORT, timeout_ns, IS_TIMED)
     value = tl.atomic_add(word, sequence * 0, sem="acquire", scope="sys")
     has_come = (value >> SHIFT) >= sequence
     if has_come == 0:
@@ -135,7 +131,7 @@ def _push_rows_kernel(
 @triton.jit(do_not_specialize=["at_arrivals", "at_flags", "block_rows"])  # type: ignore[untyped-decorator]
 def _await_rows_kernel(
     words, slots, source_ranks, state, host, at_arrivals, at_flags, block_rows, timeout_ns,
-    OPENS: tl.constexpr, IS_TIMED: tl.constexpr,
+    OPENS: tl.constexpr, LANES: tl.constexpr, IS_TIMED: tl.constexpr,
 ):  # fmt: skip
     """One program of one warp per source and row of its block."""
     source = tl.program_id(0)
@@ -151,9 +147,9 @@ def _await_rows_kernel(
     row = source * block_rows + place
     arrival = words + at_arrivals // _WORD_BYTES + source
     flag = words + at_flags // _WORD_BYTES + row
-    is_told, announced = _await_word(arrival, sequence, rank, state, host, timeout_ns, _SEQUENCE_SHIFT, IS_TIMED)
+    is_told, announced = _await_word(arrival, sequence, rank, state, host, timeout_ns, _SEQUENCE_SHIFT, LANES, IS_TIMED)
     if is_told & (place < (announced & _CARRIED_MASK)):
-        has_come, value = _await_word(flag, sequence, rank, state, host, timeout_ns, _SEQUENCE_SHIFT, IS_TIMED)
+        has_come, value = _await_word(flag, sequence, rank, state, host, timeout_ns, _SEQUENCE_SHIFT, LANES, IS_TIMED)
         if has_come:
             slot = (value & _CARRIED_MASK) - 1
     tl.store(slots + row, slot)
@@ -193,7 +189,8 @@ def _push_results_kernel(
 @triton.jit(do_not_specialize=["num_tokens", "lag"])  # type: ignore[untyped-decorator]
 def _combine_results_kernel(
     results, flags, finished, chosen, y, destination_ranks, state, host, num_tokens, lag, timeout_ns,
-    K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, DESTINATIONS: tl.constexpr, IS_TIMED: tl.constexpr,
+    K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, DESTINATIONS: tl.constexpr,
+    LANES: tl.constexpr, IS_TIMED: tl.constexpr,
 ):  # fmt: skip
     """One program per token, or a single one where there are none."""
     token = tl.program_id(0)
@@ -205,7 +202,7 @@ def _combine_results_kernel(
             row = token * K + k
             rank = tl.load(chosen + row)
             if rank >= 0:
-                has_come, _ = _await_word(flags + row, sequence, rank, state, host, timeout_ns, 0, IS_TIMED)
+                has_come, _ = _await_word(flags + row, sequence, rank, state, host, timeout_ns, 0, LANES, IS_TIMED)
                 tl.debug_barrier()
                 if has_come:
                     total += tl.load(results + row.to(tl.int64) * D + columns, mask=columns < D, other=0.0).to(
@@ -215,7 +212,7 @@ def _combine_results_kernel(
     if token == 0:
         for number in range(DESTINATIONS):
             rank = tl.load(destination_ranks + number)
-            _await_word(finished + number, sequence - lag, rank, state, host, timeout_ns, 0, IS_TIMED)
+            _await_word(finished + number, sequence - lag, rank, state, host, timeout_ns, 0, LANES, IS_TIMED)
         tl.store(state + _CLOSED, sequence)
 
 
@@ -314,7 +311,7 @@ def _await_rows(exchange: Exchange, turn: Turn, slots_N: Tensor) -> _Launch:
         state, exchange.host, layout.arrivals_at(turn.parity, 0), layout.row_flags_at(turn.parity, 0),
         turn.block_rows, _timeout_ns(exchange),
     )  # fmt: skip
-    options = {"OPENS": exchange.source < 0, "IS_TIMED": state.is_cuda, "num_warps": 1}
+    options = {"OPENS": exchange.source < 0, "LANES": 32, "IS_TIMED": state.is_cuda, "num_warps": 1}
     return _Launch(_await_rows_kernel, (layout.num_sources, turn.block_rows), arguments, options)
 
 
@@ -343,8 +340,10 @@ def _combine_results(exchange: Exchange, turn: Turn, chosen_N: Tensor, y_TD: Ten
         chosen_N, y_TD, exchange.destination_ranks_P, exchange.state, exchange.host,
         num_tokens, turn.lag, _timeout_ns(exchange),
     )  # fmt: skip
-    options = {"K": K, "DESTINATIONS": layout.num_destinations, "IS_TIMED": y_TD.is_cuda}
-    return _Launch(_combine_results_kernel, (max(1, num_tokens),), arguments, options | _row_options(exchange))
+    shape = _row_options(exchange)
+    waiting = {"LANES": 32 * shape["num_warps"], "IS_TIMED": y_TD.is_cuda}
+    options = {"K": K, "DESTINATIONS": layout.num_destinations} | waiting | shape
+    return _Launch(_combine_results_kernel, (max(1, num_tokens),), arguments, options)
 
 
 def _row_options(exchange: Exchange) -> dict[str, Any]:

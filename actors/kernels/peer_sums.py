@@ -7,7 +7,8 @@ nothing of how areas are mapped (`dispatch/peer_memory.py`). On a CPU, areas are
 Every rank makes the same calls with the same shapes in the same order. Calls are numbered on the device, and odd and
 even ones use different halves of each field: a rank at call n + 2 was answered in call n + 1 by all others, so that
 nobody reads what was sent in call n any more. Sums are in fp32 in one order and rounded once, so that all ranks get
-the same bits. After a wait that was given up no other waits, and results are garbage: see `PeerSums`.
+the same bits. Once a wait was given up, later ones end after a few polls, and results are garbage: see
+`PeerSums`.
 """
 
 import time
@@ -117,7 +118,7 @@ class PeerSums:
         return reported - 1 if reported else None
 
     def abort(self) -> None:
-        """Ends all waits, those on the device within microseconds. From any thread; for good."""
+        """Ends all waits, those on the device within milliseconds. From any thread; for good."""
         self.host[ABORT] = 1
 
     @property

@@ -6,7 +6,7 @@ a flag, stored with release and read with acquire semantics at system scope. Nee
 (NVLink); never uses multicast. Needs Triton: imported only where it is installed.
 
 All threads of a program must leave a loop together where barriers follow in it: what decides is reduced over a tensor
-that all of them have a part of, never a scalar that each has read for itself.
+that all of them have a part of, never a scalar that each has read for itself (see `peer_waits_triton.py`).
 """
 
 from collections.abc import Sequence
@@ -25,49 +25,49 @@ from actors.kernels.peer_sums import (
     SEQUENCE,
     PeerSums,
 )
+from actors.kernels.peer_waits_triton import is_over, now_ns, read_by_one
 
 _SEQUENCE = tl.constexpr(SEQUENCE)
 _FINISHED = tl.constexpr(FINISHED)
 _BLAMED = tl.constexpr(BLAMED)
 _ABORT = tl.constexpr(ABORT)
 _REPORTED = tl.constexpr(REPORTED)
-_POLLS_PER_LOOK = tl.constexpr(64)  # at the clock and at the host's word, which is across PCIe
+_EAGER_POLLS = tl.constexpr(8)
+_WATCHED_WORDS = tl.constexpr(4)  # the last ones: as many as keep loads of vectors
 
 _VECTOR_BYTES = 16
 _WARPS_WHOLE, _WARPS_SLICED, _WARPS_GATHER = 16, 8, 8
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _now_ns(lanes):
-    """The clock, as each thread reads it; `lanes` are zeros, int64."""
-    return tl.inline_asm_elementwise(
-        "{ mov.u64 $0, %globaltimer; add.u64 $0, $0, $1; }", "=l,l", [lanes], dtype=tl.int64, is_pure=False, pack=1
-    )
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def _low(words, DTYPE: tl.constexpr):
     """fp32 of the elements in the low half of each word; of fp32 words, the words."""
     if tl.float32 == DTYPE:
-        return words.to(tl.float32, bitcast=True)
-    return (words & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+        values = words.to(tl.float32, bitcast=True)
+    else:  # no early return: what follows is compiled all the same
+        values = (words & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+    return values
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _high(words, DTYPE: tl.constexpr):
     """fp32 of the elements in the high half of each word; zeros of fp32 words."""
     if tl.float32 == DTYPE:
-        return words.to(tl.float32) * 0.0
-    return ((words >> 16) & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+        values = words.to(tl.float32) * 0.0
+    else:
+        values = ((words >> 16) & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+    return values
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _packed(low, high, DTYPE: tl.constexpr):
     """Words of fp32 pairs, each rounded."""
     if tl.float32 == DTYPE:
-        return low.to(tl.int32, bitcast=True)
-    lower = low.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    return lower | (high.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+        words = low.to(tl.int32, bitcast=True)
+    else:
+        lower = low.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        words = lower | (high.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    return words
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -90,24 +90,6 @@ def _send(bases, peer, at_bytes, words, columns, inside, number):
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _is_dead(lanes, state):
-    """Whether an earlier wait was given up, the same for all threads. `lanes` has one zero for each of them."""
-    return tl.max((tl.load(state + _BLAMED + lanes, volatile=True) != 0).to(tl.int32), axis=0)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _is_over(lanes, began_ns, state, host, told, timeout_ns, IS_TIMED: tl.constexpr):
-    """Whether to give up, the same for all threads. `lanes` has one zero for each of them."""
-    over = tl.load(state + _BLAMED + lanes, volatile=True) != 0
-    over = over | (tl.load(host + _ABORT + lanes, volatile=True) != 0)
-    over = over | (tl.load(told + lanes, volatile=True) != 0)
-    is_late = lanes == 0  # interpreted, programs run one after another, so nobody can be waited for
-    if IS_TIMED:
-        is_late = _now_ns(lanes) - began_ns > timeout_ns
-    return tl.max((over | is_late).to(tl.int32), axis=0)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def _blame(rank, state, host, told, bases, at_told, WORLD: tl.constexpr):
     """Ends all waits of this rank, and those of the others by their word: for `rank`, or for whom it was told of."""
     heard = tl.load(told, volatile=True)
@@ -120,31 +102,35 @@ def _blame(rank, state, host, told, bases, at_told, WORLD: tl.constexpr):
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _receive(
-    at, present, number, state, host, bases, rank, at_told, timeout_ns, WORLD: tl.constexpr,
+    at, present, watched, number, state, host, bases, rank, at_told, timeout_ns, WORLD: tl.constexpr,
     WORLD_BLOCK: tl.constexpr, LANES: tl.constexpr, IS_TIMED: tl.constexpr,
 ):  # fmt: skip
-    """int32 [WORLD_BLOCK, BLOCK]: words at `at`, once all have come with the call's number."""
+    """int32 [WORLD_BLOCK, BLOCK]: words at `at`, once all have come with the call's number.
+
+    All are polled a few times, which takes least time; who waits for longer polls those that are `watched`, and leaves
+    the memory's bandwidth to those that are at work.
+    """
     told = (tl.load(bases + rank) + at_told).to(tl.pointer_type(tl.int64))
     expected = number.to(tl.int64) << 32
     arrived = tl.load(at, mask=present, other=expected, volatile=True)
     missing = tl.max(((arrived >> 32).to(tl.int32) != number).to(tl.int32))
     if missing != 0:
-        lanes = tl.arange(0, LANES).to(tl.int64) * 0
-        is_over = _is_dead(lanes, state)
-        began_ns = lanes
-        if IS_TIMED:
-            began_ns = _now_ns(lanes)
-        polls = 0
-        while (missing != 0) & (is_over == 0):
-            arrived = tl.load(at, mask=present, other=expected, volatile=True)
-            missing = tl.max(((arrived >> 32).to(tl.int32) != number).to(tl.int32))
+        lanes = tl.arange(0, LANES)
+        began_ns = now_ns(lanes, IS_TIMED)
+        polls, over, unmatched = 0, 0, 1
+        while (missing != 0) & (over == 0):
+            takes_all = (polls < _EAGER_POLLS) | (unmatched == 0)
+            arrived = tl.load(at, mask=present & (watched | takes_all), other=expected, volatile=True)
+            unmatched = tl.max(((arrived >> 32).to(tl.int32) != number).to(tl.int32))
+            missing = tl.where(takes_all, unmatched, 1)
             polls += 1
-            if polls % (_POLLS_PER_LOOK if IS_TIMED else 1) == 0:
-                is_over = _is_over(lanes, began_ns, state, host, told, timeout_ns, IS_TIMED)
+            over = is_over(lanes, began_ns, polls, state + _BLAMED, told, host + _ABORT, timeout_ns, IS_TIMED)
         if missing != 0:
+            arrived = tl.load(at, mask=present, other=expected, volatile=True)
             late = tl.max(((arrived >> 32).to(tl.int32) != number).to(tl.int32), axis=1)
-            sources = tl.arange(0, WORLD_BLOCK)
-            _blame(tl.min(tl.where(late != 0, sources, WORLD), axis=0), state, host, told, bases, at_told, WORLD)
+            first = tl.min(tl.where(late != 0, tl.arange(0, WORLD_BLOCK), WORLD), axis=0)
+            if first < WORLD:
+                _blame(first, state, host, told, bases, at_told, WORLD)
     return arrived.to(tl.int32)
 
 
@@ -209,11 +195,12 @@ def _sum_whole_kernel(
         _send(bases, peer, ((half + rank) * CAPACITY + row) * (WORDS * 8), words, columns, inside, number)
     sources = tl.arange(0, WORLD_BLOCK)
     present = (sources < WORLD)[:, None] & inside[None, :]
+    watched = (columns >= WORDS - _WATCHED_WORDS)[None, :]
     own = (tl.load(bases + rank) + (half * CAPACITY + row) * (WORDS * 8)).to(tl.pointer_type(tl.int64))
     at = tl.multiple_of(own, 16) + sources[:, None].to(tl.int64) * (CAPACITY * WORDS) + columns[None, :]
     arrived = _receive(
-        at, present, number, state, host, bases, rank, at_told, timeout_ns, WORLD, WORLD_BLOCK, LANES, IS_TIMED
-    )
+        at, present, watched, number, state, host, bases, rank, at_told, timeout_ns, WORLD, WORLD_BLOCK, LANES, IS_TIMED
+    )  # fmt: skip
     total = _total(arrived, present, DTYPE)
     _finish_row(
         _low(total, DTYPE), _high(total, DTYPE), h, out, weight, row * h_stride + columns, row * out_stride + columns,
@@ -249,19 +236,20 @@ def _sum_sliced_kernel(
         _send(bases, peer, at_slices + sent_at, words, columns, inside, number)
     sources = tl.arange(0, WORLD_BLOCK)
     present = (sources < WORLD)[:, None] & inside[None, :]
+    watched = (columns >= WORDS - _WATCHED_WORDS)[None, :]
     places = sources[:, None].to(tl.int64) * (CAPACITY * WORDS) + columns[None, :]
     own = tl.load(bases + rank) + (half * CAPACITY + row) * (WORDS * 8)
     at = tl.multiple_of((own + at_slices).to(tl.pointer_type(tl.int64)), 16) + places
     arrived = _receive(
-        at, present, number, state, host, bases, rank, at_told, timeout_ns, WORLD, WORLD_BLOCK, LANES, IS_TIMED
-    )
+        at, present, watched, number, state, host, bases, rank, at_told, timeout_ns, WORLD, WORLD_BLOCK, LANES, IS_TIMED
+    )  # fmt: skip
     total = _total(arrived, present, DTYPE)
     for step in tl.static_range(WORLD):
         _send(bases, (rank + 1 + step) % WORLD, at_sums + sent_at, total, columns, inside, number)
     at = tl.multiple_of((own + at_sums).to(tl.pointer_type(tl.int64)), 16) + places
     arrived = _receive(
-        at, present, number, state, host, bases, rank, at_told, timeout_ns, WORLD, WORLD_BLOCK, LANES, IS_TIMED
-    )
+        at, present, watched, number, state, host, bases, rank, at_told, timeout_ns, WORLD, WORLD_BLOCK, LANES, IS_TIMED
+    )  # fmt: skip
     row_columns = sources[:, None] * WORDS + columns[None, :]
     _finish_row(
         _low(arrived, DTYPE), _high(arrived, DTYPE), h, out, weight, row * h_stride + row_columns,
@@ -280,7 +268,7 @@ def _gather_kernel(
     program = tl.program_id(0)
     sequence = tl.load(state + _SEQUENCE) + 1
     parity = sequence & 1
-    lanes = tl.arange(0, LANES).to(tl.int64) * 0
+    lanes = tl.arange(0, LANES)
     at = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < num_words
     shown = at_gathered + parity * HALF_BYTES
@@ -295,18 +283,15 @@ def _gather_kernel(
     told = (tl.load(bases + rank) + at_told).to(tl.pointer_type(tl.int64))
     for source in tl.static_range(WORLD):
         flag = (tl.load(bases + rank) + flag_at + source * (PROGRAMS * 8)).to(tl.pointer_type(tl.int64))
-        began_ns = lanes
-        if IS_TIMED:
-            began_ns = _now_ns(lanes)
-        is_over = _is_dead(lanes, state)
-        missing = tl.max((tl.load(flag + lanes, volatile=True) != sequence).to(tl.int32), axis=0)
-        polls = 0
-        while (missing != 0) & (is_over == 0):
-            missing = tl.max((tl.load(flag + lanes, volatile=True) != sequence).to(tl.int32), axis=0)
-            polls += 1
-            if polls % (_POLLS_PER_LOOK if IS_TIMED else 1) == 0:
-                is_over = _is_over(lanes, began_ns, state, host, told, timeout_ns, IS_TIMED)
-        if missing != 0:
+        value = read_by_one(flag, lanes)
+        if value != sequence:
+            began_ns = now_ns(lanes, IS_TIMED)
+            polls, over = 0, 0
+            while (value != sequence) & (over == 0):
+                value = read_by_one(flag, lanes)
+                polls += 1
+                over = is_over(lanes, began_ns, polls, state + _BLAMED, told, host + _ABORT, timeout_ns, IS_TIMED)
+        if value != sequence:
             _blame(rank * 0 + source, state, host, told, bases, at_told, WORLD)
         tl.atomic_add(flag, sequence * 0, sem="acquire", scope="sys")
         tl.debug_barrier()

@@ -131,6 +131,28 @@ def test_the_host_ends_a_wait() -> None:
     assert unit.ranks[0].given_up == 1
 
 
+def test_ranks_that_began_apart_catch_up() -> None:
+    """A wait that was long must not make the next one long: that goes on for ever between ranks."""
+    num_calls, unit = 50, Ranks(2)
+    x = terms(2, 64, torch.bfloat16)
+    unit.run(lambda p: peer_sums.all_reduce_rows(p, (x[p.rank],)))
+    graphs = [torch.cuda.CUDAGraph() for _ in unit.ranks]
+    for peers, graph, stream in zip(unit.ranks, graphs, unit.streams, strict=True):
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(num_calls):
+                peer_sums.all_reduce_rows(peers, (x[peers.rank],))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for graph, stream, is_late in zip(graphs, unit.streams, (False, True), strict=True):
+        with torch.cuda.stream(stream):
+            if is_late:
+                torch.cuda._sleep(20_000_000)  # 10 ms
+                begin.record()
+            graph.replay()
+            end.record()
+    torch.cuda.synchronize()
+    assert begin.elapsed_time(end) < num_calls * 0.15, "in ms"
+
+
 def test_holders_are_chosen_as_by_the_reference() -> None:
     generator = torch.Generator().manual_seed(1)
     for num_ids in (1, 8, 33, 256):
