@@ -2,9 +2,9 @@
 
 One layer of Scout (16 experts) or of Maverick on one of four GPUs (32 of its 128). Times are medians of CUDA graphs in
 which each call has another layer or other experts, so that no weight comes from the L2 cache. GB/s count the weights of
-experts that have tokens, once; beside them stands the bandwidth of a large copy, measured in the same run.
+experts that have tokens, once; beside them stands the bandwidth of a kernel that only moves bytes, in the same run.
 
-    python benchmarks/gpu_experts.py [--models scout,maverick] [--forms fp8,int4,plain] [--tokens 1,8,32,...] [--parts]
+    python -m benchmarks.gpu_experts [--models scout,maverick] [--forms fp8,int4,plain] [--tokens 1,8,32,...] [--parts]
 """
 
 import argparse
@@ -21,11 +21,11 @@ from actors.kernels import grouped, route
 from actors.kernels.grouped import Engine
 from actors.kernels.libraries import fbgemm_loaded
 from actors.kernels.route import Form
+from benchmarks.gpu_timing import memory_gb_per_s, time_us
 
 HIDDEN, WIDTH = 5120, 8192
 TOKENS = (1, 8, 32, 128, 256, 2048, 8192)
 CALLS = 8  # in a graph
-REPLAYS = 7
 MAX_LAYER_BYTES = 20e9  # of all layers that calls go around
 
 
@@ -37,34 +37,6 @@ class Model:
 
 
 MODELS = {"scout": Model("scout", 16, 16), "maverick": Model("maverick", 128, 32)}
-
-
-def time_us(calls: list[Callable[[], object]], replays: int = REPLAYS) -> float:
-    """Microseconds per call: the median over replays of one graph of all calls."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    elapsed_us = []
-    for _ in range(replays):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        elapsed_us.append(begin.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(elapsed_us)
-
-
-def copy_bandwidth() -> float:
-    """GB/s read and written by a copy of 2 GB."""
-    source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / time_us([lambda: target.copy_(source)]) / 1e3
 
 
 def random_weight(form: Form, num_slots: int, outputs: int, inputs: int) -> tuple[Tensor, Tensor | None]:
@@ -196,7 +168,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("needs a CUDA device")
     torch.manual_seed(0)
-    print(f"{torch.cuda.get_device_name()}: copy {copy_bandwidth():.0f} GB/s", flush=True)
+    print(f"{torch.cuda.get_device_name()}: memory {memory_gb_per_s():.0f} GB/s", flush=True)
     token_counts = [int(count) for count in options.tokens.split(",")]
     with torch.inference_mode():
         for name in options.models.split(","):

@@ -73,7 +73,7 @@ def choose_engine(x: PlacedRows, weight_SOI: Tensor) -> Engine:
     in_blocks = x.dtype == torch.bfloat16 and all(n % 16 == 0 for n in weight_SOI.shape[1:])
     num_rows = x.x_ND.shape[0]
     is_streaming = num_rows < STREAMING_ROWS_PER_SLOT * num_slots
-    is_for_fbgemm = is_streaming if num_slots == 1 else num_rows >= FBGEMM_ROWS_PER_SLOT * num_slots
+    is_for_fbgemm = is_streaming if x.placement is None else num_rows >= FBGEMM_ROWS_PER_SLOT * num_slots
     if form == "fp8" and in_blocks and is_for_fbgemm and all(map(has, _FBGEMM_OPS)):
         return "fbgemm"
     if form != "int4" and in_blocks and (not is_streaming or (form == "plain" and x.placement is None)):

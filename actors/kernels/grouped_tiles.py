@@ -23,7 +23,11 @@ def choose_tiles(form: Form, num_rows: int, inputs: int, num_slots: int, outputs
         split = 2 if num_rows <= MAX_FEW_ROWS and outputs // 64 < MIN_PROGRAMS // 2 else 1
         return Tiles(outputs=tall, rows=rows, inputs=256, split=split, stages=5 if tall == 64 and split == 1 else 4)
     if form == "int4":
-        split = 4 if not swiglu and num_rows * outputs < MIN_PROGRAMS * 128 else 1
+        # Parts begin at the same group in either kind of tiles: with one group of 128 in a step, or with four.
+        can_split = not swiglu and num_rows * outputs < MIN_PROGRAMS * 128 and inputs % (4 * 512) == 0
+        split = 4 if can_split else 1
+        if rows == 16 and inputs % 512 == 0:  # 256 bytes of an output's words at once
+            return Tiles(outputs=64, rows=rows, inputs=512, split=split, stages=3)
         return Tiles(outputs=tall, rows=rows, inputs=128, split=split, stages=4)
     programs = num_rows * -(-outputs // 64)
     split = 1

@@ -38,12 +38,10 @@ def run_attention(q_QHd: Tensor, k_NHd: Tensor, v_NHd: Tensor) -> Tensor:
     cuDNN's is the fastest of torch's kernels where N = Q, but builds a plan for every new Q in every thread.
     """
     q_1HQd, k_1HNd, v_1HNd = (x[None].transpose(1, 2) for x in (q_QHd, k_NHd, v_NHd))
-    if q_QHd.dtype == torch.float32 and q_QHd.is_cuda:
-        # The one kernel that has fp32 has no grouped queries.
-        queries_per_kv = q_1HQd.shape[1] // k_1HNd.shape[1]
-        k_1HNd, v_1HNd = (x.repeat_interleave(queries_per_kv, 1) for x in (k_1HNd, v_1HNd))
+    # The one fused kernel that has fp32 has no grouped queries, and fails where Q < N ("misaligned address").
+    backends = [SDPBackend.MATH] if q_QHd.dtype == torch.float32 and q_QHd.is_cuda else _FASTEST_FIRST
     is_square = len(q_QHd) == len(k_NHd)
-    with sdpa_kernel(_FASTEST_FIRST, set_priority=True):
+    with sdpa_kernel(backends, set_priority=True):
         out_1HQd = F.scaled_dot_product_attention(
             q_1HQd, k_1HNd, v_1HNd,
             attn_mask=None if is_square else causal_lower_right(len(q_QHd), len(k_NHd)),

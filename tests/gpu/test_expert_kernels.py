@@ -201,7 +201,7 @@ def test_grouped_matmuls(form: Form, engine: Engine, counts: tuple[int, ...]) ->
     if engine == "fbgemm" and not fbgemm_loaded():
         pytest.skip("FBGEMM is not installed")
     total = sum(counts)
-    for inputs, outputs in ((256, 208), (1152, 80)):
+    for inputs, outputs in ((256, 208), (1152, 80), (1024, 208)):
         rows, (weight, scale) = _rows(form, counts, inputs), _weight(form, len(counts), outputs, inputs)
         expected = grouped.grouped_linear(rows, weight, scale)[0]
         weight_gpu, scale_gpu = _cuda(weight, scale)
@@ -211,12 +211,13 @@ def test_grouped_matmuls(form: Form, engine: Engine, counts: tuple[int, ...]) ->
             _close(parts.float().sum(0)[:total], expected[:total], steps=2)
 
 
+@pytest.mark.parametrize("inputs", [256, 1024])
 @pytest.mark.parametrize(("form", "engine"), CASES)
-def test_grouped_swiglu(form: Form, engine: Engine) -> None:
+def test_grouped_swiglu(form: Form, engine: Engine, inputs: int) -> None:
     if engine == "fbgemm" and not fbgemm_loaded():
         pytest.skip("FBGEMM is not installed")
     counts = (5, 0, 17, 3)
-    rows, (weight, scale) = _rows(form, counts, 256), _weight(form, 4, 2 * 384, 256)
+    rows, (weight, scale) = _rows(form, counts, inputs), _weight(form, 4, 2 * 384, inputs)
     expected = grouped.grouped_swiglu(rows, weight, scale)
     weight_gpu, scale_gpu = _cuda(weight, scale)
     assert weight_gpu is not None

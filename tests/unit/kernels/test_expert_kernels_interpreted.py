@@ -59,7 +59,9 @@ def check_rows() -> None:
     x_ND[1] = 0
     scale_N1, y_ND = torch.empty(3, 1), torch.empty(3, 256, dtype=torch.float8_e4m3fn)
     launch_rows(x_ND, y_ND, scale_N1, FORMS["fp8"])
-    assert torch.equal(scale_N1, quantize.quantize_rows(x_ND)[1])
+    expected = quantize.quantize_rows(x_ND)
+    assert torch.equal(scale_N1, expected[1])
+    assert (y_ND.float() == expected[0].float()).float().mean() > 0.9  # see above: carries
     launch_rows(x_ND, ordered_ND := torch.empty_like(x_ND), None, FORMS["int4"])
     assert torch.equal(ordered_ND, quantize.to_word_order(x_ND))
     for num_parts, in_word_order in ((1, False), (2, True)):
@@ -71,23 +73,26 @@ def check_rows() -> None:
 
 
 def check_choice() -> None:
-    from actors.kernels.route_triton import launch_choose
+    """From logits, and from rows; width 200 does not fill the gate's last block."""
+    from actors.kernels.route_triton import launch_choose, launch_gate
 
     logits_TE = torch.randn(5, 6)
     logits_TE[3] = 1
     logits_TE[4, 2] = torch.nan
-    for top_k in (1, 2):
+    clean_TE = logits_TE.nan_to_num(-1e9)
+    is_padding_T1 = torch.tensor([[False], [True], [False], [False], [False]])
+    x_TD, router_ED = torch.randn(5, 200), torch.randn(6, 200)
+    for top_k, padding_T1 in ((1, is_padding_T1), (2, None)):
         ids_TK, scores_TK = torch.empty(5, top_k, dtype=torch.int64), torch.empty(5, top_k)
-        launch_choose(logits_TE, None, ids_TK, scores_TK)
-        clean_TE = logits_TE.nan_to_num(-1e9)
+        launch_choose(logits_TE, None, padding_T1, ids_TK, scores_TK)
         expected_ids = clean_TE.sort(dim=1, descending=True, stable=True)[1][:, :top_k]
-        assert torch.equal(ids_TK, expected_ids)
         _same(scores_TK, clean_TE.gather(1, expected_ids).sigmoid())
-        positions_T = torch.arange(4) * 3
-        launch_choose(logits_TE[:4], positions_T, ids_TK[:4], scores_TK[:4])
-        expected = route.choose_experts(logits_TE[:4], top_k, torch.float32, positions_T)
-        assert torch.equal(ids_TK[:4], expected[0])
-        _same(scores_TK[:4], expected[1])
+        assert torch.equal(ids_TK, expected_ids if padding_T1 is None else expected_ids.masked_fill(padding_T1, -1))
+        for positions_T in (None, torch.arange(5) * 3):
+            launch_gate(x_TD, router_ED, positions_T, padding_T1, ids_TK, scores_TK)
+            expected = route.choose_experts(x_TD, router_ED, top_k, positions_T, padding_T1)
+            assert torch.equal(ids_TK, expected[0])
+            _same(scores_TK, expected[1])
 
 
 def check_placement() -> None:
@@ -130,11 +135,11 @@ def check_gathering(form: Form, top_k: int) -> None:
     _same(y_TD, parts[:, :T].sum(0))
 
 
-def check_matmuls(form: Form) -> None:
+def check_matmuls(form: Form, inputs: int = 256, block_inputs: int = 128) -> None:
     """A slot without rows, one of two tiles, rows beyond the counted ones, outputs that do not fill a tile."""
     from actors.kernels.grouped_triton import Tiles, launch_grouped
 
-    inputs, N, counts_S = 256, 30, torch.tensor([5, 0, 20])
+    N, counts_S = 30, torch.tensor([5, 0, 20])
     placement = Placement(torch.arange(N, dtype=torch.int32), counts_S, counts_S.cumsum(0).int())
     rows = route.form_rows(torch.randn(N, inputs), form, placement)
     everything = PlacedRows(rows.x_ND, rows.scale_N1, None, rows.dtype)
@@ -143,7 +148,7 @@ def check_matmuls(form: Form) -> None:
             continue
         weight, scale = random_weight(form, (3, outputs, inputs))
         y_PNO = torch.full((split, N, outputs // 2 if is_swiglu else outputs), 7.0)
-        tiles = Tiles(outputs=64, rows=16, inputs=128, split=split, group=1 if split == 2 else 1 << 20)
+        tiles = Tiles(outputs=64, rows=16, inputs=block_inputs, split=split, group=1 if split == 2 else 1 << 20)
         options = {"swiglu": is_swiglu, "word_order": is_swiglu and form == "int4"}
         launch_grouped(rows.x_ND, rows.scale_N1, weight, scale, counts_S, y_PNO, FORMS[form], tiles, **options)
         if is_swiglu:
@@ -179,6 +184,7 @@ def main() -> None:
     check_gathering("int4", 2)
     for form in FORMS:
         check_matmuls(form)
+    check_matmuls("int4", 1024, 512)
 
 
 if __name__ == "__main__":

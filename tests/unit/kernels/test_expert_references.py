@@ -8,6 +8,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from actors.kernels import grouped, linear, quantize, route
 from actors.kernels.route import Form
+from actors.kernels.triton_here import HAS_TRITON
 
 FP32 = torch.float32
 
@@ -105,6 +106,34 @@ def test_dense_linears_and_ffn(form: Form) -> None:
 
 
 def test_uniform_choice_takes_experts_in_turn() -> None:
-    ids_TK, scores_TK = route.choose_experts(torch.zeros(4, 3), 2, FP32, torch.tensor([0, 1, 2, 7]))
+    ids_TK, scores_TK = route.choose_by_logits(torch.zeros(4, 3), 2, FP32, torch.tensor([0, 1, 2, 7]))
     assert ids_TK.tolist() == [[0, 1], [2, 0], [1, 2], [2, 0]]
     assert scores_TK.eq(0.5).all()
+
+
+def test_choice_by_hand() -> None:
+    """Expert 1 likes the first column, 0 the second; padding goes nowhere, whatever it likes."""
+    x_TD, router_ED = torch.tensor([[3.0, 1.0], [0.0, 2.0], [9.0, 9.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    ids_TK, scores_TK = route.choose_experts(x_TD, router_ED, 1, None, torch.tensor([[False], [False], [True]]))
+    assert ids_TK.tolist() == [[1], [0], [-1]]
+    assert torch.equal(scores_TK[:2], torch.tensor([[3.0], [2.0]]).sigmoid())
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+@given(
+    form=st.sampled_from(["plain", "fp8", "int4"]),
+    num_rows=st.integers(1, 96),
+    shape=st.sampled_from([(5120, 16384, True), (8192, 5120, False), (1152, 4352, True), (2176, 1152, False)]),
+)
+def test_sums_are_cut_alike_whatever_the_number_of_slots(
+    form: Form, num_rows: int, shape: tuple[int, int, bool]
+) -> None:
+    """Else an expert would compute other bits when its layer moves to more memory."""
+    from actors.kernels.grouped_tiles import choose_tiles
+
+    inputs, outputs, is_gate_up = shape
+    swiglu = is_gate_up and form != "fp8"
+    tiles = [choose_tiles(form, num_rows, inputs, slots, outputs, swiglu=swiglu) for slots in range(2, 40)]
+    of_a_part = {(t.split, -(-inputs // t.inputs // t.split) * t.inputs) for t in tiles}
+    assert len(of_a_part) == 1
+    assert form == "int4" or len({t.inputs for t in tiles}) == 1  # INT4 adds up groups of 128 one by one anyway
