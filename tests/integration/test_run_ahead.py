@@ -33,6 +33,7 @@ class SlowDevice:
     keys: None = None
     experts: None = None
     spec: None = None
+    contents: str = ""
     runs_ahead: bool = True
     fails_at: int = -1
     pace: None = None
