@@ -27,6 +27,8 @@ from actors.checkpoint.weights import AttentionWeights, Shard, dummy_attention, 
 from actors.config import PipelineConfig
 from actors.dispatch.contract import Dispatch, ExpertCompute
 from actors.dispatch.tensor_parallel import ALONE, TensorParallel, shard_config
+from actors.errors import ConfigError
+from actors.kernels.decode_attention import MAX_ROWS
 from actors.kernels.triton_here import HAS_TRITON
 from actors.precision import compute_dtype
 from actors.types import Admission, RankPlan, SampledToken, SamplingParams, Work
@@ -111,6 +113,8 @@ class AttentionWorker:
 
     def _start_kernels(self, cache: KvCache, longest_tokens: int) -> None:
         config, device, max_rows = self._config, self._device, self._pipeline.max_num_seqs
+        if max_rows > MAX_ROWS:
+            raise ConfigError("max_num_seqs", f"is {max_rows}; a GPU decodes at most {MAX_ROWS} requests at once")
         self._requests = RequestTable(device, max_rows)
         self._tables = SeatTables(config, cache, max_rows, longest_tokens)
         attention = KernelAttention(config, cache, self._tables, max_rows, device)

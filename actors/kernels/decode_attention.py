@@ -18,6 +18,7 @@ from actors.kernels.triton_here import HAS_TRITON, tl, triton
 
 LEAST_KEYS = 128  # that are worth a program of their own
 _ROW_BLOCKS = (16, 256, 1024)  # compiled forms: rows whose lengths every program reads, to find its own work
+MAX_ROWS = _ROW_BLOCKS[-1]
 _JOINED_VALUES = 8192  # read at once by a program that joins
 _LOG2_E = 1.4426950408889634
 

@@ -10,6 +10,7 @@ import torch
 from actors.attention import worker
 from actors.attention.decode import bucket_sizes
 from actors.attention.local_model import LocalModel
+from actors.errors import ConfigError
 from actors.router.limits import SchedulerLimits
 from actors.router.scheduler import RankPages, Scheduler
 from actors.types import RankPlan, Request, SampledToken, SamplingParams
@@ -102,6 +103,12 @@ def test_padding_rows_change_nothing(make_case: Callable) -> None:
     plans_of(model, requests, answer)
     model.attention.request_expert_tokens()
     assert all(sum(counts) == num_tokens for counts in model.attention.take_expert_tokens().values())
+
+
+@pytest.mark.usefixtures("on_the_device")
+def test_more_requests_than_a_gpu_decodes_are_refused_by_name(make_case: Callable) -> None:
+    with pytest.raises(ConfigError, match="max_num_seqs"):
+        make_case("maverick").load(max_num_seqs=1025, max_model_len=80)
 
 
 def test_the_buckets_hold_every_batch() -> None:
