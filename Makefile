@@ -7,6 +7,7 @@
 
 VENV  ?= .venv
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.6.0
 # The first Python of the right version that can make a virtual environment.
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
 	$$p -c 'import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null \
@@ -37,10 +38,11 @@ stop:
 	$(BIN)/corral stop
 
 test: $(DEV) $(if $(shell command -v npm),$(NODE))
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest tests/gpu tests/integration $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n 2 tests/unit $(PYTEST_FLAGS)
 
 test-fast: $(DEV)
-	$(BIN)/python -m pytest tests/unit $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n 2 tests/unit $(PYTEST_FLAGS)
 
 # Brings up cluster/local.yaml for real, on hosts that are namespaces. Needs root, sshd, rsync, and three to five minutes.
 test-cluster: $(DEV)
@@ -71,6 +73,8 @@ $(RUNTIME): pyproject.toml
 
 $(DEV): $(RUNTIME)
 	$(BIN)/pip install --quiet --editable '.[dev]'
+	# Kernels are checked by Triton's interpreter where there is no GPU; a torch with CUDA brings a Triton of its own.
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install --quiet $(TRITON)
 	@touch $@
 
 $(GENERATOR): | $(RUNTIME)
