@@ -46,7 +46,7 @@ test-fast: $(DEV)
 
 # Brings up cluster/local.yaml for real, on hosts that are namespaces. Needs root, sshd, rsync, and three to five minutes.
 test-cluster: $(DEV)
-	$(BIN)/python -m pytest -m cluster tests/cluster -s $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m cluster tests/cluster tests/integration -s $(PYTEST_FLAGS)
 
 check: $(DEV) $(GENERATOR)
 	$(BIN)/ruff format --check .

@@ -70,12 +70,6 @@ class RayHead:
                 continue
         return sorted(found)
 
-    def metric(self, name: str) -> float:
-        """The sum of a metric's samples over all labels; up to 10 s old."""
-        text = httpx.get(f"http://127.0.0.2:{self.metrics_port}/metrics", timeout=5).text
-        lines = [line for line in text.splitlines() if line.startswith((name + "{", name + " "))]
-        return sum(float(line.rpartition(" ")[2]) for line in lines)
-
     def wait_healthy(self, timeout_s: float) -> None:
         def is_healthy() -> bool:
             try:
