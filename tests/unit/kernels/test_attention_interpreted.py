@@ -4,16 +4,12 @@ Triton reads TRITON_INTERPRET when kernels are defined, so they are defined in a
 and float8 are left to the tests on a GPU: the interpreter truncates the one, and loses a carry in the other.
 """
 
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import attention_cases as cases
 import pytest
 import torch
+from interpreter import let_ranges_have_tensor_bounds, run_interpreted
 from torch import Tensor
 
 from actors.kernels import decode_attention, heads, norm
@@ -30,32 +26,11 @@ RING = cases.DecodeCase(positions=(63, 64, 700, 100), chunk_tokens=64, table_wid
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 def test_kernels_in_the_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        cwd=Path(__file__).parents[3],
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def _let_ranges_have_tensor_bounds() -> None:
-    """Triton 3.6 turns loop bounds into ints in a way that numpy refuses since 2.4."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patch_and_mend(tensor: type, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patch_and_mend
+    run_interpreted(__file__)
 
 
 def main() -> None:
-    _let_ranges_have_tensor_bounds()
+    let_ranges_have_tensor_bounds()
     for dtype, num_deltas in ((FP32, 0), (FP16, 1), (FP16, 2)):
         cases.check_norm(_with_triton(), CPU, dtype, 2, 96, num_deltas)
     for dtype, rotates in ((FP32, True), (FP16, True), (FP16, False)):

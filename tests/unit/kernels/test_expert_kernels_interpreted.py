@@ -4,14 +4,9 @@ In a process of its own (see test_attention_interpreted), and in fp32: the inter
 a carry when it casts to float8. INT4 is unpacked by shifts here; tests/gpu has the assembly.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
+from interpreter import let_ranges_have_tensor_bounds, run_interpreted
 from torch import Tensor
 
 from actors.kernels import grouped, quantize, route
@@ -23,28 +18,7 @@ FORMS: dict[Form, int] = {"plain": 0, "fp8": 1, "int4": 2}
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 def test_kernels_in_the_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        cwd=Path(__file__).parents[3],
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def _let_ranges_have_tensor_bounds() -> None:
-    """Triton 3.6 turns loop bounds into ints in a way that numpy refuses since 2.4."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patch_and_mend(tensor: type, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patch_and_mend
+    run_interpreted(__file__)
 
 
 def _same(ours: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
@@ -176,7 +150,7 @@ def random_weight(form: Form, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | 
 
 def main() -> None:
     torch.manual_seed(0)
-    _let_ranges_have_tensor_bounds()
+    let_ranges_have_tensor_bounds()
     check_rows()
     check_choice()
     check_placement()

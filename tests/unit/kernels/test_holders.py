@@ -1,14 +1,10 @@
 """Who computes an expert that several ranks hold: by hand, over random steps, and by the kernel, interpreted."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import run_interpreted
 from torch import Tensor
 
 from actors.kernels import holders
@@ -57,15 +53,7 @@ def test_every_expert_of_the_step_is_computed_by_one_of_its_holders(step: tuple[
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 def test_the_kernel_in_the_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        cwd=Path(__file__).parents[3],
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_interpreted(__file__)
 
 
 def main() -> None:

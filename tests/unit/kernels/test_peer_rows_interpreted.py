@@ -4,16 +4,13 @@ Triton reads TRITON_INTERPRET when kernels are defined, so they are defined in a
 after another there, and so do ranks: all sources push, all destinations serve, all sources combine.
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import pytest
 import torch
+from interpreter import run_interpreted
 from torch import Tensor
 
 from actors.kernels import peer_rows
@@ -41,15 +38,7 @@ CASES = [
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 def test_kernels_in_the_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        cwd=Path(__file__).parents[3],
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_interpreted(__file__)
 
 
 def make_exchanges(case: Case) -> list[Exchange]:

@@ -4,14 +4,11 @@ The interpreter runs one rank after another, and nobody can be waited for: ranks
 had to send when they give up. So all run again, as if for the first time, until everything that is awaited is there.
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+from interpreter import run_interpreted
 from torch import Tensor
 
 from actors.kernels.norm import add_rms_norm
@@ -25,15 +22,7 @@ ROUNDS = 3  # a sliced sum is sent in two steps, and received in a third
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 def test_kernels_in_the_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        cwd=Path(__file__).parents[3],
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_interpreted(__file__)
 
 
 def main() -> None:
