@@ -1,32 +1,81 @@
-"""Where a decode step's microseconds go: kernels of one captured step, in one process, by torch's profiler.
+"""Where a decode step's microseconds go: kernels of one captured step, by torch's profiler, without a router.
 
-python -m benchmarks.gpu_profile --shape scout-fp8 --layers 4 --batches 1,32
+`--gpus` above 1: as many ranks of one attention unit. The first is looked into; what it waits for the others is
+in the kernels that sum.
+
+    python -m benchmarks.gpu_profile --shape scout-fp8 --layers 4 --batches 1,32
 """
 
 import argparse
 import json
+import multiprocessing
 import random
 import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from actors.attention.local_model import LocalModel
+from actors.attention.worker import AttentionWorker
+from actors.checkpoint.config import read_model_config
 from actors.config import PipelineConfig
+from actors.dispatch.group import EpochGroup, RendezvousStore
+from actors.dispatch.replicated import ReplicatedDispatch
+from actors.dispatch.rows import TokenShape
+from actors.dispatch.tensor_parallel import make_tensor_parallel
+from actors.expert.worker import ExpertWorker
+from actors.precision import compute_dtype
 from actors.types import Admission, RankPlan, SamplingParams, Work
 from benchmarks.gpu_decode import describe_model
+from cluster.floors import Split
+from cluster.layout import rank_specs
 
 PROFILED_STEPS = 3
 GREEDY = SamplingParams(max_tokens=10**6, temperature=0.0)
+HOST = "127.0.0.1"
+GROUP_TIMEOUT_S = 20.0
+JOIN_TIMEOUT_S = 60.0
+
+
+class UnitMember:
+    """One rank of an attention unit that has all of the model: what `Decoding` needs of a `LocalModel`. Collective."""
+
+    def __init__(self, pipeline: PipelineConfig, index: int, size: int, store: str) -> None:
+        device = torch.device(f"cuda:{index}")
+        torch.cuda.set_device(device)
+        self.config = config = read_model_config(Path(pipeline.model))
+        shape = TokenShape(
+            hidden=config.hidden_size, experts_per_token=config.experts_per_token,
+            dtype=compute_dtype(config, pipeline), device=device,
+        )  # fmt: skip
+        split = Split(layout="colocated", attention_ranks=size, expert_ranks=size, attention_tp=size)
+        slots = {spec.rank: spec.slots for spec in rank_specs(split, config, expert_slots=pipeline.expert_slots)}
+        tp = make_tensor_parallel((index, size), shape)
+        experts = ExpertWorker.load(config, pipeline, slots[index], device)
+        self.attention = AttentionWorker.load(config, pipeline, device, tp=tp)
+        self.pools = self.attention.allocate_cache()
+        self.attention.rehearse(experts, {layer: len(of_layer) for layer, of_layer in slots[index].items()})
+        self._group = EpochGroup(device, HOST)
+        self._group.prepare(store)
+        self._group.join(1, index, size, JOIN_TIMEOUT_S, GROUP_TIMEOUT_S)
+        tp.join(self._group, range(size), True)
+        self._dispatch = ReplicatedDispatch(experts, slots, config.moe_layers, config.num_experts, index, device)
+        self.attention.start_epoch(self._dispatch)
+        self.attention.capture()
+
+    def start_epoch(self) -> None:
+        """Forgets all requests and whose pages were whose."""
+        self.attention.start_epoch(self._dispatch, keeps_graphs=True)
 
 
 class Decoding:
     """A batch of requests that decode in step, driven by plans as a rank is."""
 
-    def __init__(self, model: LocalModel, batch: int, context_tokens: int) -> None:
+    def __init__(self, model: LocalModel | UnitMember, batch: int, context_tokens: int) -> None:
         self._model = model
         self._batch = batch
         self._length = context_tokens
@@ -106,29 +155,65 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="scout-fp8")
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--batches", default="1,32")
     parser.add_argument("--context-tokens", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--kernels", type=int, default=24, help="lines of the table")
     parser.add_argument("--pipeline", default="{}", help="JSON: more pipeline keys")
     args = parser.parse_args()
-    batches = [int(b) for b in args.batches.split(",")]
     with tempfile.TemporaryDirectory() as directory:
         path = describe_model(Path(directory) / args.shape, args.shape, args.layers)
         keys = {
-            "load": "dummy", "routing": "uniform", "max_num_seqs": max(batches), "max_model_len": 4096,
-            "kv_cache_bytes": 8 << 30,
+            "model": str(path), "load": "dummy", "routing": "uniform", "max_num_seqs": max(_batches(args)),
+            "max_model_len": 4096, "kv_cache_bytes": 8 << 30,
         } | json.loads(args.pipeline)  # fmt: skip
-        began_s = time.perf_counter()
-        model = LocalModel.load(PipelineConfig.parse({"model": str(path), **keys}), torch.device("cuda:0"))
+        if args.gpus == 1:
+            look(args, keys, 0, "")
+        else:
+            _look_at_unit(args, keys)
+
+
+def _batches(args: argparse.Namespace) -> list[int]:
+    return [int(b) for b in args.batches.split(",")]
+
+
+def _look_at_unit(args: argparse.Namespace, keys: dict[str, Any]) -> None:
+    store, context = RendezvousStore(HOST), multiprocessing.get_context("spawn")
+    store.start()
+    members = [context.Process(target=look, args=(args, keys, i, store.endpoint)) for i in range(args.gpus)]
+    for member in members:
+        member.start()
+    for member in members:
+        member.join()
+    store.stop()
+    if any(member.exitcode for member in members):
+        raise SystemExit(f"members ended with {[member.exitcode for member in members]}")
+
+
+def look(args: argparse.Namespace, keys: dict[str, Any], index: int, store: str) -> None:
+    """Profiles all batches, in each process of a unit alike; the first prints."""
+    began_s = time.perf_counter()
+    pipeline = PipelineConfig.parse(keys)
+    model: LocalModel | UnitMember
+    if args.gpus == 1:
+        model = LocalModel.load(pipeline, torch.device("cuda:0"))
+    else:
+        model = UnitMember(pipeline, index, args.gpus, store)
+    if index == 0:
         print(f"{args.shape}, {args.layers} layers: ready after {time.perf_counter() - began_s:.1f} s", flush=True)
-        for batch in batches:
-            seen = profile(Decoding(model, batch, args.context_tokens), args.steps)
-            busy_us = sum(us for _, us in seen.kernels.values())
-            print(f"\nbatch {batch}: {seen.step_ms:.3f} ms a step, kernels {busy_us / 1e3:.3f} ms")
-            print(f"calls that make the host wait, in {PROFILED_STEPS} steps: {seen.waits or 'none'}")
-            for name, (count, us) in sorted(seen.kernels.items(), key=lambda item: -item[1][1])[: args.kernels]:
-                print(f"{us:9.1f} us {count:5d} x  {name[:110]}")
+    for batch in _batches(args):
+        seen = profile(Decoding(model, batch, args.context_tokens), args.steps)
+        if index == 0:
+            _show(seen, batch, args.kernels)
+
+
+def _show(seen: Profile, batch: int, num_lines: int) -> None:
+    busy_us = sum(us for _, us in seen.kernels.values())
+    print(f"\nbatch {batch}: {seen.step_ms:.3f} ms a step, kernels {busy_us / 1e3:.3f} ms")
+    print(f"calls that make the host wait, in {PROFILED_STEPS} steps: {seen.waits or 'none'}")
+    for name, (count, us) in sorted(seen.kernels.items(), key=lambda item: -item[1][1])[:num_lines]:
+        print(f"{us:9.1f} us {count:5d} x  {name[:110]}", flush=True)
 
 
 if __name__ == "__main__":
