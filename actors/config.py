@@ -38,8 +38,10 @@ class PipelineConfig:
     attention_ranks: int = 1
     expert_ranks: int = 1
     attention_tp: int = 1  # ranks that share one attention, each with a part of its heads, FFN widths and head
+    expert_tp: int = 1  # attention_tp: each of these ranks has a slice of every expert instead of some whole ones
     expert_replicas: int = 1  # copies of every expert, on different ranks
     expert_slots: int = 0  # per layer on each expert rank, spare ones included; 0 is what the fewest ranks need
+    target_batch: int = 128  # requests at once that auto chooses the layout for, of those that fit
     device: Device = "auto"
     attention_resources: dict[str, float] = field(default_factory=dict)  # Ray resources a rank asks for beside its GPU
     expert_resources: dict[str, float] = field(default_factory=dict)
@@ -59,6 +61,7 @@ class PipelineConfig:
     gpu_memory_utilization: float = 0.9
     kv_cache_dtype: KvDType = "auto"  # fp8: half the bytes, float8_e4m3fn without scales
     enforce_eager: bool = False  # no CUDA graphs
+    micro_batches: Literal[1, 2] = 1  # disaggregated, GPUs of one host: 2 has larger decode steps run as halves in turn
 
     step_timeout_s: float = 10.0  # a step that takes longer has lost a rank
     group_timeout_s: float = 5.0  # one collective operation
@@ -76,8 +79,8 @@ class PipelineConfig:
         return config
 
     def _check_bounds(self) -> None:
-        for key in ("attention_ranks", "expert_ranks", "attention_tp", "expert_replicas", "max_num_batched_tokens",
-                    "max_num_seqs", "page_tokens"):  # fmt: skip
+        for key in ("attention_ranks", "expert_ranks", "attention_tp", "expert_tp", "expert_replicas", "target_batch",
+                    "max_num_batched_tokens", "max_num_seqs", "page_tokens"):  # fmt: skip
             if getattr(self, key) < 1:
                 raise ConfigError(key, "must be at least 1")
         for key in ("threads_per_rank", "max_model_len", "max_queued_requests", "kv_cache_bytes", "expert_slots"):
@@ -89,6 +92,15 @@ class PipelineConfig:
                 raise ConfigError(key, "must be above 0 seconds")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError("gpu_memory_utilization", "must be in (0, 1]")
+        if self.expert_tp not in (1, self.attention_tp):
+            raise ConfigError("expert_tp", f"must be 1, or as many as attention_tp, which is {self.attention_tp}")
+        if self.expert_tp > 1 and self.expert_replicas > 1:
+            raise ConfigError("expert_replicas", f"must be 1 with expert_tp {self.expert_tp}: slices have no replicas")
+
+    @property
+    def divides_steps(self) -> bool:
+        """Whether attention ranks compute half of a step while the other half is at the experts."""
+        return self.micro_batches == 2 and self.layout == "disaggregated"
 
     def as_dict(self) -> dict[str, Any]:
         """The config as plain data, for the wire and for `parse`."""
@@ -104,8 +116,8 @@ class PipelineConfig:
 
 
 _OUTSIDE_OF_RANKS = frozenset({
-    "served_model_name", "attention_ranks", "expert_ranks", "expert_replicas", "expert_slots", "threads_per_rank",
-    "max_queued_requests", "step_timeout_s", "group_timeout_s", "join_timeout_s", "rank_silence_s",
+    "served_model_name", "attention_ranks", "expert_ranks", "expert_replicas", "expert_slots", "target_batch",
+    "threads_per_rank", "max_queued_requests", "step_timeout_s", "group_timeout_s", "join_timeout_s", "rank_silence_s",
     "recovery_timeout_s", "lease_s", "ingress_lease_s",
 })  # fmt: skip
 

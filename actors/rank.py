@@ -6,9 +6,11 @@ Owns which worker does what on this rank, and its dispatch in the epoch. Knows n
 Two threads call it: one runs `join` and `step` in order; the other runs `load`, `prepare` and `interrupt` beside it.
 """
 
+import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +21,14 @@ from actors.attention.kv_cache import PagePools
 from actors.attention.sampler import SampledBatch
 from actors.attention.worker import AttentionWorker
 from actors.checkpoint.config import ModelConfig, read_model_config
+from actors.checkpoint.shard import Shard
 from actors.config import PipelineConfig
 from actors.dispatch.by_size import DispatchBySize
 from actors.dispatch.collective import CollectiveDispatch
 from actors.dispatch.contract import Dispatch, RoutingTable, build_routing_table
 from actors.dispatch.group import EpochGroup
 from actors.dispatch.local import LocalDispatch
+from actors.dispatch.micro_batches import MicroBatches, room_of_half
 from actors.dispatch.peer_memory import SymmetricMemory
 from actors.dispatch.replicated import ReplicatedDispatch
 from actors.dispatch.rows import TokenShape
@@ -32,9 +36,12 @@ from actors.dispatch.symmetric import SymmetricDispatch
 from actors.dispatch.tensor_parallel import TensorParallel, make_tensor_parallel
 from actors.errors import RankError, UnreachableError
 from actors.expert.worker import ExpertWorker
+from actors.laps import Laps
 from actors.precision import compute_dtype
 from actors.types import Epoch, Loaded, Pace, RankSpec, SlotSource, StepPlan, StepResult
 from actors.wire import ChannelKeys
+
+log = logging.getLogger("corral.rank")
 
 EXPERT_REPORT_S = 1.0
 REACH_TIMEOUT_S = 1.0  # to open a connection to a peer, before an epoch is joined
@@ -55,6 +62,24 @@ class Launched:
         return self.sampled is None or self.sampled.is_done
 
 
+_Collective = CollectiveDispatch | DispatchBySize
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """An epoch that can be joined: its group is formed, and what goes through it is ready."""
+
+    epoch: Epoch
+    group: EpochGroup
+    collective: _Collective | None
+
+    def drop(self) -> None:
+        """Lets go of it; peers notice."""
+        self.group.leave()
+        if isinstance(self.collective, DispatchBySize):
+            self.collective.close()
+
+
 @dataclass(slots=True)
 class _Held:
     """What is in memory: the weights of `spec`, made for `pipeline`."""
@@ -66,7 +91,7 @@ class _Held:
     experts: ExpertWorker | None
     pools: PagePools | None
     tp: TensorParallel
-    local: LocalDispatch | None = None  # where this process holds every expert: its graphs serve each epoch of one rank
+    local: LocalDispatch | None = None  # where this process holds (a slice of) every expert: graphs outlive epochs
 
 
 class Rank:
@@ -80,15 +105,20 @@ class Rank:
         self._device = device
         self._group = EpochGroup(device, address)
         self._held: _Held | None = None
-        self._prepared: Epoch | None = None
+        self._prepared: _Prepared | None = None
+        self._preparing = self._abandoned = NO_EPOCH  # the epoch that is prepared now, and the last given up before
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # of what runs beside the steps
         self._epoch: Epoch | None = None
         self._position = 0  # in the epoch
         self._last_over = NO_EPOCH  # plans of this epoch and of those before it are dropped
+        self._sequence = 0  # of the plan that came last in it
+        self._answered_step = 0
         self._taken_step = 0  # the last step whose plan was taken in: it may have to be run again, not taken in again
-        self._collective: CollectiveDispatch | DispatchBySize | None = None
+        self._collective: _Collective | None = None
         self._dispatch: Dispatch | None = None
         self._next_report_s = 0.0
         self._finished_s = 0.0  # when the last step was
+        self._joined_s: float | None = None  # when the epoch was, until its first step is done
         self.pace: Pace | None = None  # replaced after each step, so that any thread may read it
 
     @property
@@ -123,8 +153,8 @@ class Rank:
         serves would change.
         """
         held = self._held
-        parts = (pipeline.contents, spec.roles, spec.shard)
-        if held is None or (held.pipeline.contents, held.spec.roles, held.spec.shard) != parts:
+        parts = (pipeline.contents, *_parts(spec))
+        if held is None or (held.pipeline.contents, *_parts(held.spec)) != parts:
             if self._epoch is not None and self._epoch.epoch > self._last_over:
                 raise RankError(self.rank, "cannot become another rank while it serves")
             self._held = None  # before its successor takes the memory
@@ -159,9 +189,12 @@ class Rank:
     ) -> _Held:
         model = read_model_config(Path(pipeline.model))
         experts = attention = pools = None
-        tp = make_tensor_parallel(spec.shard, self._token_shape(model, pipeline))
+        tp = make_tensor_parallel(spec.shard, self._token_shape(model, pipeline), pipeline.max_num_batched_tokens)
         if "expert" in spec.roles:
-            experts = ExpertWorker.load(model, pipeline, spec.slots, self._device, report, sources, self.keys)
+            index, of = spec.expert_shard
+            experts = ExpertWorker.load(
+                model, pipeline, spec.slots, self._device, report, sources, self.keys, Shard(index=index, of=of)
+            )
         if "attention" in spec.roles:  # last, for its cache takes what memory is left
             attention = AttentionWorker.load(model, pipeline, self._device, report, tp)
             pools = attention.allocate_cache()
@@ -172,15 +205,15 @@ class Rank:
     def _rehearse(self, held: _Held) -> None:
         """Whatever is compiled, captured or allocated at its first use has it now, before anybody waits for a step."""
         experts, attention, slots = held.experts, held.attention, held.spec.slots
+        if experts is not None:
+            experts.rehearse(held.pipeline.max_num_batched_tokens, has_tokens=attention is not None)
         if attention is None:
-            if experts is not None:
-                experts.rehearse(held.pipeline.max_num_batched_tokens)
             return
         attention.rehearse(experts, {layer: len(of_layer) for layer, of_layer in slots.items()})
         every_expert = set(range(held.model.num_experts))
         if experts is not None and held.tp.size == 1 and all(every_expert <= set(of) for of in slots.values()):
-            held.local = LocalDispatch(experts, self._routing(held.model, {0: slots}))
-            attention.start_epoch(held.local)
+            self._dispatch = self._local_dispatch(held)
+            attention.start_epoch(self._dispatch)
             attention.capture()
 
     def _routing(self, model: ModelConfig, slots: dict[int, dict[int, tuple[int, ...]]]) -> RoutingTable:
@@ -208,17 +241,58 @@ class Rank:
             proofs=held.experts.proofs(held.spec.slots) if held.experts else {},
         )
 
-    def prepare(self, epoch: Epoch) -> None:
-        """First phase: all that may be slow. Raises RankError if this rank does not hold what the epoch says, and
-        UnreachableError if a peer's host does not answer.
+    def prepare(self, epoch: Epoch, hurries: bool = False) -> None:
+        """First phase: all that waits for peers or may be slow, beside the steps of the epoch before. `hurries`: none
+        are to be disturbed, and what a first step need not wait for is left out. Raises RankError if this rank does not
+        hold what the epoch says, or if the group does not form, and UnreachableError if a peer's host does not answer.
         """
+        self._preparing = epoch.epoch
+        before, self._prepared = self._prepared, None
+        if before is not None:
+            before.drop()
+        group = self._group.beside()
+        if epoch.store:
+            group.prepare(epoch.store)
+        try:
+            self._check_held(epoch)
+            self._reach_peers(epoch)
+        except RankError:
+            group.refuse(epoch.epoch)
+            raise
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            self._prepared = self._form(epoch, group, hurries)
+            if self._stream is not None:
+                self._stream.synchronize()
+
+    def _check_held(self, epoch: Epoch) -> None:
         held, spec = self._loaded_state(), epoch.ranks[epoch.position(self.rank)]
         if spec != held.spec or (held.experts is not None and not held.experts.holds(spec.slots)):
             raise RankError(self.rank, f"does not hold the slots that epoch {epoch.epoch} names")
-        self._reach_peers(epoch)
-        if epoch.store:
-            self._group.prepare(epoch.store)
-        self._prepared = epoch
+
+    def _form(self, epoch: Epoch, group: EpochGroup, hurries: bool) -> _Prepared:
+        """The epoch's group, and what goes through it. Collective."""
+        held, size, laps = self._loaded_state(), len(epoch.ranks), Laps()
+        collective = None
+        if size > 1:
+            group.join(
+                epoch.epoch, epoch.position(self.rank), size, held.pipeline.join_timeout_s,
+                held.pipeline.group_timeout_s, lambda: epoch.epoch <= self._abandoned,
+            )  # fmt: skip
+            if not hurries:
+                group.connect()
+            laps.lap("group")
+        prepared = _Prepared(epoch, group, None)
+        if size > 1 and held.tp.size == 1:
+            slots = {position: spec.slots for position, spec in enumerate(epoch.ranks)}
+            try:
+                before = None if hurries else self._collective
+                collective = self._make_collective(epoch, held, self._routing(held.model, slots), group, before)
+            except RankError:
+                prepared.drop()
+                raise
+            laps.lap("dispatch")
+        log.info("rank %d formed epoch %d of %d ranks: %s", self.rank, epoch.epoch, size, laps)
+        return _Prepared(epoch, group, collective)
 
     def _reach_peers(self, epoch: Epoch) -> None:
         """Opens a connection to each peer once: a cut is found here, with a name, and not in the group, without."""
@@ -238,38 +312,60 @@ class Rank:
         """Epoch `epoch`, or whichever this rank is in, is over: a step that waits for peers fails now."""
         current = self._epoch.epoch if self._epoch else NO_EPOCH
         self._last_over = max(self._last_over, current if epoch is None else epoch)
+        self._abandoned = self._preparing  # it was to follow
         if self._epoch is not None and current <= self._last_over:
             self._group.interrupt()
+
+    def supersede(self, epoch: int) -> None:
+        """Epoch `epoch` is to be next: whatever was being prepared before fails now."""
+        self._abandoned = max(self._abandoned, min(self._preparing, epoch - 1))
 
     # --- in the order of the plans ------------------------------------------------------------------------------------
 
     def join(self, epoch_number: int, fresh: bool) -> None:
-        """Second phase: forms the group; forgets all requests if `fresh`. Raises RankError."""
-        epoch, held = self._prepared, self._loaded_state()
-        if epoch is None or epoch.epoch != epoch_number:
+        """Second phase: leaves the epoch before for the one that was prepared; forgets all requests if `fresh`. Raises
+        RankError.
+        """
+        prepared, held = self._prepared, self._loaded_state()
+        if prepared is None or prepared.epoch.epoch != epoch_number:
             raise RankError(self.rank, f"epoch {epoch_number} was not prepared")
+        laps, epoch = Laps(), prepared.epoch
+        has_moved = held.experts is not None and held.experts.has_moved
+        takes_over = not has_moved and self._hand_over(prepared.collective)
         self.leave()
-        self._position = epoch.position(self.rank)
-        if len(epoch.ranks) > 1:
-            pipeline, size = held.pipeline, len(epoch.ranks)
-            self._group.join(epoch.epoch, self._position, size, pipeline.join_timeout_s, pipeline.group_timeout_s)
+        laps.lap("left")
+        self._position, self._prepared = epoch.position(self.rank), None
+        self._group, self._collective = prepared.group, prepared.collective
         before = self._dispatch
         is_void = held.tp.join(self._group, epoch.unit_positions(self.rank), fresh)
         self._dispatch = self._make_dispatch(epoch, held, fresh)
-        has_moved = held.experts is not None and held.experts.has_moved
-        keeps_graphs = not is_void and not has_moved and self._dispatch in (before, held.local)
+        laps.lap("dispatch")
+        keeps_graphs = not is_void and not has_moved and (takes_over or self._dispatch is before)
         if held.experts is not None:
             held.experts.free_replaced()
         if held.attention is not None:
             brings_tokens = ["attention" in spec.roles for spec in epoch.ranks]
             held.attention.start_epoch(self._dispatch, fresh, keeps_graphs, brings_tokens)
         if fresh:
-            self._taken_step = 0
-        self._epoch = epoch
+            self._taken_step = self._answered_step = 0
+        self._epoch, self._sequence = epoch, 0
+        self._joined_s = time.monotonic()
+        laps.lap("workers")
+        log.info("rank %d joined epoch %d of %d ranks, %s graphs: %s",
+                 self.rank, epoch_number, len(epoch.ranks), "keeps" if keeps_graphs else "has no", laps)  # fmt: skip
+
+    def _hand_over(self, successor: _Collective | None) -> bool:
+        """Has `successor` go on with the graphs of the epoch that is left now, if they fit and it has ended well."""
+        before, is_well = self._collective, self._epoch is not None and self._epoch.epoch > self._last_over
+        if not (is_well and isinstance(before, DispatchBySize) and isinstance(successor, DispatchBySize)):
+            return False
+        return successor.take_over(before)
 
     def _make_dispatch(self, epoch: Epoch, held: _Held, fresh: bool) -> Dispatch:
         """The dispatch of the layout. A unit whose members are as before keeps its own, with tables in place."""
         model, slots = held.model, {position: spec.slots for position, spec in enumerate(epoch.ranks)}
+        if held.spec.expert_shard[1] > 1:  # every token passes every slice, and the unit's sum joins the terms
+            return self._local_dispatch(held)
         if held.tp.size > 1:
             assert held.experts is not None, "ranks of a unit have both roles"
             if isinstance(self._dispatch, ReplicatedDispatch) and not fresh:
@@ -278,39 +374,65 @@ class Rank:
             return ReplicatedDispatch(
                 held.experts, slots, model.moe_layers, model.num_experts, self._position, self._device
             )
-        routing = self._routing(model, slots)
-        if len(epoch.ranks) > 1:
-            self._collective = self._make_collective(epoch, held, routing)
+        if self._collective is not None:
             return self._collective
-        assert held.experts is not None, "a single rank has both roles"
+        return self._local_dispatch(held)
+
+    def _local_dispatch(self, held: _Held) -> LocalDispatch:
+        """To this process alone: always the same one, which graphs may have captured."""
+        assert held.experts is not None, "who asks nobody else has both roles"
+        routing = self._routing(held.model, {0: held.spec.slots})
         if held.local is None:
             held.local = LocalDispatch(held.experts, routing)
         else:
             held.local.update(routing)
         return held.local
 
-    def _make_collective(self, epoch: Epoch, held: _Held, routing: RoutingTable) -> CollectiveDispatch | DispatchBySize:
+    def _make_collective(
+        self, epoch: Epoch, held: _Held, routing: RoutingTable, group: EpochGroup, before: _Collective | None
+    ) -> _Collective:
         """Through the group; small steps through each other's memory, where all ranks are GPUs of one host."""
         shape, sources = self._token_shape(held.model, held.pipeline), epoch.positions_of("attention")
-        collective = CollectiveDispatch(self._group, routing, held.experts, sources, shape)
+        collective = CollectiveDispatch(group, routing, held.experts, sources, shape)
         hosts = {endpoint.rpartition(":")[0] for endpoint in epoch.endpoints}
         if self._device.type != "cuda" or len(hosts) > 1 or held.pipeline.enforce_eager:
             return collective
-        memory = SymmetricMemory(self._group, self._device, held.pipeline.join_timeout_s)
-        symmetric = SymmetricDispatch(
-            memory, routing, held.experts, sources, shape, held.pipeline.group_timeout_s,
-            max_tokens=held.pipeline.max_num_seqs,
-        )  # fmt: skip
-        symmetric.start()
-        return DispatchBySize(symmetric, collective, self._device)
+        memory = SymmetricMemory(group, self._device, held.pipeline.join_timeout_s)
+        max_tokens, timeout_s = held.pipeline.max_num_seqs, held.pipeline.group_timeout_s
+        old = before.small if isinstance(before, DispatchBySize) else None
+        small: SymmetricDispatch | MicroBatches
+        if held.pipeline.divides_steps:
+            halves = old.halves if isinstance(old, MicroBatches) else (None, None)
+            first, second = (
+                SymmetricDispatch(
+                    memory,
+                    routing,
+                    held.experts,
+                    sources,
+                    shape,
+                    timeout_s,
+                    room_of_half(max_tokens),
+                    f"half {i}",
+                    half,
+                )
+                for i, half in enumerate(halves, 1)
+            )
+            small = MicroBatches(first, second, max_tokens)
+        else:
+            small = SymmetricDispatch(
+                memory, routing, held.experts, sources, shape, timeout_s, max_tokens,
+                before=old if isinstance(old, SymmetricDispatch) else None,
+            )  # fmt: skip
+        small.start()
+        return DispatchBySize(small, collective, self._device)
 
     def leave(self) -> None:
         """Ends this rank's part in its epoch; peers that wait for it get an error at once."""
         self._epoch = None
+        self._group.leave()  # first: what waits for the device must not wait for lost peers
         if isinstance(self._collective, DispatchBySize):
             self._collective.close()
         self._collective = None
-        self._group.leave()
 
     def step(self, plan: StepPlan) -> StepResult | None:
         """Runs one step to its end."""
@@ -334,13 +456,29 @@ class Rank:
         if epoch is None or plan.epoch != epoch.epoch or plan.epoch <= self._last_over:
             return None
         began_s, waited_s = time.perf_counter(), self._group.waited_s
+        self._check_order(plan)
         try:
             launched = Launched(plan, began_s, self._launch(plan))
         except RankError as e:
             self.leave()
             raise RankError(_number(epoch, e.rank, self.rank), e.problem) from e
         self._count(plan, time.perf_counter() - began_s - (self._group.waited_s - waited_s))
+        if self._joined_s is not None:
+            now_s, joined_s, self._joined_s = time.monotonic(), self._joined_s, None
+            log.info("rank %d launched its first step of epoch %d %.2f s after it joined, in %.2f s",
+                     self.rank, plan.epoch, now_s - joined_s, time.perf_counter() - began_s)  # fmt: skip
         return launched
+
+    def _check_order(self, plan: StepPlan) -> None:
+        """Raises RankError for a plan that does not follow the one before, and RuntimeError where an answer was lost:
+        tokens after it exist already, so that its own cannot be computed again.
+        """
+        self._sequence += 1
+        if plan.sequence != self._sequence:
+            self.leave()
+            raise RankError(self.rank, f"{plan.sequence - self._sequence} plans before step {plan.step} did not arrive")
+        if plan.rank_plan is not None and plan.step <= self._answered_step:
+            raise RuntimeError(f"the answer to step {plan.step} was lost")
 
     def _count(self, plan: StepPlan, busy_s: float) -> None:
         """Adds a step to `pace`, if there was anything to do in it."""
@@ -371,6 +509,7 @@ class Rank:
             return None
         tokens = launched.sampled.to_tokens() if launched.sampled is not None else []
         began_s, self._finished_s = max(launched.began_s, self._finished_s), time.perf_counter()
+        self._answered_step = plan.step
         return StepResult(
             rank=self.rank,
             epoch=plan.epoch,
@@ -409,6 +548,11 @@ class Rank:
             self._next_report_s = now_s + EXPERT_REPORT_S
             attention.request_expert_tokens()
         return attention.take_expert_tokens()
+
+
+def _parts(spec: RankSpec) -> tuple[object, ...]:
+    """What of a spec cannot change while weights stay in memory."""
+    return spec.roles, spec.shard, spec.expert_shard
 
 
 def _number(epoch: Epoch, position: int, unknown: int) -> int:

@@ -20,6 +20,7 @@ import zmq
 from actors.config import PipelineConfig
 from actors.errors import CheckpointError, ConfigError, CorralError, UnreachableError
 from actors.expert.weight_server import WeightServer
+from actors.laps import Laps
 from actors.rank import Launched, Rank
 from actors.types import (
     Alive,
@@ -148,10 +149,15 @@ class RankLoop:
             case Attach():
                 self._reply(Attached(rank=self._rank.rank, spec=self._rank.spec, contents=self._rank.contents))
             case Leave(epoch=epoch):
+                began_s = time.monotonic()
                 self._rank.interrupt(epoch)
-            case Load():
+                log.info("rank %d: epoch %d is over; interrupted in %.3f s",
+                         self._rank.rank, epoch, time.monotonic() - began_s)  # fmt: skip
+            case Load(epoch=epoch):
+                self._rank.supersede(epoch)
                 self._tasks.put(lambda: self._load(message))
-            case Prepare():
+            case Prepare(epoch=prepared):
+                self._rank.supersede(prepared.epoch)
                 self._tasks.put(lambda: self._prepare(message))
 
     def _reply(self, message: FromRank) -> None:
@@ -182,14 +188,22 @@ class RankLoop:
         try:
             pipeline = PipelineConfig.parse(message.pipeline)
             self._lease_s = pipeline.lease_s
+            laps = Laps()
             self._rank.load(message.spec, pipeline, message.sources, report)
-            return self._rank.loaded(message.epoch)
+            laps.lap("loaded")
+            loaded = self._rank.loaded(message.epoch)
+            laps.lap("proven")
+            log.info("rank %d, epoch %d: %s", self._rank.rank, message.epoch, laps)
+            return loaded
         except CorralError as e:
             return self._failure(message.epoch, e)
 
     def _prepare(self, message: Prepare) -> FromRank:
+        laps = Laps()
         try:
-            self._rank.prepare(message.epoch)
+            self._rank.prepare(message.epoch, message.hurries)
+            laps.lap("prepared")
+            log.info("rank %d, epoch %d: %s", self._rank.rank, message.epoch.epoch, laps)
         except CorralError as e:
             return self._failure(message.epoch.epoch, e)
         return Prepared(rank=self._rank.rank, epoch=message.epoch.epoch)

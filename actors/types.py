@@ -65,7 +65,7 @@ class RankSpec(Struct, frozen=True, array_like=True, kw_only=True):
 
     Tensor-parallel attention makes several ranks one unit. `shard` is (index, of): which part of the unit's heads, FFN
     widths and output head this one holds. Shard 0 leads: it has plans of its own and answers them; the others name it
-    as their `leader` and follow its plans.
+    as their `leader` and follow its plans. `expert_shard` is (index, of) too: which slice of its experts' widths.
     """
 
     rank: int
@@ -73,6 +73,7 @@ class RankSpec(Struct, frozen=True, array_like=True, kw_only=True):
     slots: dict[int, tuple[int, ...]] = {}
     shard: tuple[int, int] = (0, 1)
     leader: int = -1  # -1: the rank follows nobody
+    expert_shard: tuple[int, int] = (0, 1)
 
     @property
     def unit(self) -> int:
@@ -166,10 +167,14 @@ class StepPlan(Struct, frozen=True, array_like=True, kw_only=True, tag="plan"):
     expert ranks), so that every rank knows the bounds of every message before it arrives. Ranks of one unit bring the
     same tokens, and each has their number there. A step that an epoch's end cut short comes again in the next one,
     under its old number, to those attention ranks that had not answered it.
+
+    `sequence` counts the plans of an epoch, from 1 on: a rank that gets another than the next one has lost some on the
+    way (a connection that was reset), and must not go on without them.
     """
 
     epoch: int
     step: int
+    sequence: int
     tokens_of_rank: tuple[int, ...]
     rank_plan: RankPlan | None = None
 
@@ -227,12 +232,14 @@ class Load(Struct, frozen=True, array_like=True, kw_only=True, tag="load"):
 
 
 class Prepare(Struct, frozen=True, array_like=True, kw_only=True, tag="prepare"):
-    """First phase of an epoch, beside serving: connect to its store, reach every peer, validate the slots.
+    """First phase of an epoch: validate the slots, reach every peer, form its group. Beside the steps of the epoch
+    before, or, if it `hurries`, while nobody serves: then what can wait is left to the steps that need it.
 
     Answered by Prepared or Failed.
     """
 
     epoch: Epoch
+    hurries: bool = False
 
 
 class Join(Struct, frozen=True, array_like=True, kw_only=True, tag="join"):

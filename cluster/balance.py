@@ -5,9 +5,10 @@ again. Where experts should be is for `cluster/replicas.py` to say, how they get
 Knows nothing of when the number of ranks should change (`cluster/autoscale.py`).
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, product
 
 import numpy as np
 from msgspec import structs
@@ -39,7 +40,9 @@ class Balancer:
     epochs. There are never fewer expert ranks than can hold `replicas` of every expert, whatever the goal (`problem`).
 
     With `attention_tp` above 1 that many colocated ranks are one attention unit, and the pipeline. Their number never
-    changes: what is lost comes back as it was, and experts move between the ranks that are there.
+    changes: what is lost comes back as it was, and experts move between the ranks that are there. With
+    `expert_tp`, which is then as many, each of them has its slice of every expert, in the slot of the expert's number:
+    nothing moves.
     """
 
     layout: Layout  # not auto
@@ -49,12 +52,17 @@ class Balancer:
     replicas: int = 1
     rebalance_gain: float = 0.1
     attention_tp: int = 1
+    expert_tp: int = 1
 
     def __post_init__(self) -> None:
         if self.attention_tp > 1 and self.layout != "colocated":
             raise LayoutError(f"tensor-parallel attention needs the layout colocated, not {self.layout}")
         if self.moe_layers and min(self.num_slots, self.replicas) < 1:
             raise LayoutError(f"{self.num_slots} expert slots for {self.replicas} replicas of every expert")
+        if self.expert_tp > 1 and (self.expert_tp, self.replicas) != (self.attention_tp, 1):
+            raise LayoutError(
+                f"{self.expert_tp} slices of {self.replicas} replicas of every expert over {self.attention_tp} ranks"
+            )
 
     def first(self, goal: Goal, next_rank: int) -> tuple[RankSpec, ...]:
         """A membership from nothing."""
@@ -62,6 +70,8 @@ class Balancer:
         attention = self._new_attention_ranks(max(1, goal.attention_ranks), numbers)
         num_ranks = self._num_expert_ranks([], goal)
         experts = self._new_expert_ranks([self.num_slots] * num_ranks, numbers)
+        if self.expert_tp > 1:
+            return tuple(self._sliced(experts))
         dealt = place_experts(self.num_experts, num_ranks, self.replicas) if self.moe_layers else ()
         rows = [(*row, *[EMPTY_SLOT] * (self.num_slots - len(row))) for row in dealt]
         return (*attention, *self._as_unit(_with_slots(experts, dict.fromkeys(self.moe_layers, rows))))
@@ -69,8 +79,9 @@ class Balancer:
     def recover(self, survivors: Sequence[RankSpec], lost: Sequence[RankSpec], next_rank: int) -> tuple[RankSpec, ...]:
         """The membership that serves soonest after a loss: nothing is loaded but experts that nobody holds any more.
 
-        They go into empty slots of survivors; where these have not the room, as few new ranks come as it takes, with
-        as many slots as lost ones had. `propose` brings back the rest. A unit gets a new rank for each lost shard.
+        They go into empty slots of survivors, and in the place of experts that others hold, too: no step reads slots
+        now. Where there is not the room, as few new ranks come as it takes, with as many slots as lost ones had.
+        `propose` brings back the rest. A unit gets a new rank for each lost shard.
         """
         numbers = count(next_rank)
         attention, experts = _by_role(survivors)
@@ -81,10 +92,13 @@ class Balancer:
             experts = self._of_unit(experts)
             sizes = [next(new_slots, self.num_slots) for _ in range(self.attention_tp - len(experts))]
         else:
+            experts = self._with_room(experts)
             sizes = [] if experts else [next(new_slots, self.num_slots)]
             while any(self._num_missing(experts, layer) > sum(sizes) for layer in self.moe_layers):
                 sizes.append(next(new_slots, self.num_slots))
         experts = [*experts, *self._new_expert_ranks(sizes, numbers)]
+        if self.expert_tp > 1:
+            return _ascending(self._sliced(experts))
         return _ascending(attention, self._as_unit(self._stepped(experts, _held_at_all, {})))
 
     def propose(self, current: Sequence[RankSpec], goal: Goal, tokens: ExpertTokens, next_rank: int) -> Proposal | None:
@@ -92,6 +106,8 @@ class Balancer:
 
         Balance is left alone in layers with fewer than TOKENS_TO_JUDGE per rank: without `tokens`, in all.
         """
+        if self.expert_tp > 1:
+            return None
         numbers = count(next_rank)
         attention, experts = _by_role(current)
         new_attention = self._sized_attention(attention, goal, numbers)
@@ -175,6 +191,11 @@ class Balancer:
         leader = next(spec.rank for spec in sharded if spec.shard[0] == 0)
         return [structs.replace(s, leader=-1 if s.rank == leader else leader) for s in sharded]
 
+    def _sliced(self, ranks: Sequence[RankSpec]) -> list[RankSpec]:
+        """`ranks` as a unit in which each has the slice of every expert that its shard says."""
+        slots = dict.fromkeys(self.moe_layers, tuple(range(self.num_experts)))
+        return [structs.replace(spec, slots=slots, expert_shard=spec.shard) for spec in self._as_unit(ranks)]
+
     # --- ranks and their slots ----------------------------------------------------------------------------------------
 
     def _new_attention_ranks(self, num_ranks: int, numbers: Iterator[int]) -> list[RankSpec]:
@@ -197,6 +218,11 @@ class Balancer:
         rows = [spec.slots.get(layer, ()) for spec in experts]
         held = {expert for row in rows for expert in experts_in(row)}
         return self.num_experts - len(held) - sum(row.count(EMPTY_SLOT) for row in rows)
+
+    def _with_room(self, experts: Sequence[RankSpec]) -> list[RankSpec]:
+        """`experts` with empty slots for what nobody holds, as far as other holders of what lay there allow."""
+        rows = {layer: _rows(experts, layer) for layer in self.moe_layers}
+        return _with_slots(experts, {layer: _vacated(rows[layer], self._num_missing(experts, layer)) for layer in rows})
 
     def _stepped(self, ranks: Sequence[RankSpec], aim: Aim, tokens: ExpertTokens) -> list[RankSpec]:
         """`ranks` after one round towards `aim` in every layer. Layers without good figures count as evenly loaded."""
@@ -260,6 +286,19 @@ def _shared_out(held_RE: Held, room_R: Room, tokens_E: Tokens, replicas: int) ->
 def _held_at_all(held_RE: Held, room_R: Room, tokens_E: Tokens, replicas: int) -> Held:
     """The aim of recovery: a holder for every expert, `replicas` or not."""
     return completed(held_RE, room_R, tokens_E, 1)
+
+
+def _vacated(rows: Rows, num_wanted: int) -> Rows:
+    """One layer's slots with up to `num_wanted` more empty ones, in turn of each rank; every expert keeps a holder."""
+    holders = Counter(expert for row in rows for expert in experts_in(row))
+    emptied = [list(row) for row in rows]
+    for slot, rank in product(range(max(map(len, rows), default=0)), range(len(rows))):
+        expert = rows[rank][slot] if slot < len(rows[rank]) else EMPTY_SLOT
+        if num_wanted > 0 and expert != EMPTY_SLOT and holders[expert] > 1:
+            emptied[rank][slot] = EMPTY_SLOT
+            holders[expert] -= 1
+            num_wanted -= 1
+    return [tuple(row) for row in emptied]
 
 
 def _path(rows: Rows, tokens_E: Tokens, replicas: int) -> list[Rows]:

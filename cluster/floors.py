@@ -4,7 +4,7 @@ Owns the arithmetic of floors; parts that share one accelerator's memory add up.
 kernels may reach; they are no predictions. Knows nothing of whether a layout fits (`cluster/layout.py`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -22,13 +22,16 @@ _ALLREDUCE_SLOPE = 1.3  # large all-reduces reach 1 / 1.3 of the link, plus 3 us
 class Split:
     """How many ranks have which role. Colocated: every rank has both, and the two counts are equal. Single: 1 and 1.
 
-    `attention_tp` ranks share one attention, of `attention_ranks` in all (colocated only).
+    `attention_tp` ranks share one attention, of `attention_ranks` in all (colocated only). With `expert_tp`, which is
+    then as many, each of them has a slice of every expert.
     """
 
     layout: Layout  # not auto
     attention_ranks: int = 1
     expert_ranks: int = 1
     attention_tp: int = 1
+    expert_tp: int = 1
+    micro_batches: int = 1  # disaggregated: 2 where the halves of a step are at the two sides in turn
 
     @property
     def attention_units(self) -> int:
@@ -43,7 +46,8 @@ class Split:
         if self.layout == "single":
             return "single"
         if self.layout == "colocated":
-            return f"colocated {self.attention_ranks}" + (f" TP{self.attention_tp}" if self.attention_tp > 1 else "")
+            shared = f" TP{self.attention_tp}" if self.attention_tp > 1 else ""
+            return f"colocated {self.attention_ranks}{shared}" + (" sliced" if self.expert_tp > 1 else "")
         return f"{self.attention_ranks}A+{self.expert_ranks}E"
 
 
@@ -71,18 +75,34 @@ def step_floor_s(footprint: Footprint, machines: Machines, split: Split, work: W
     """Seconds that one step takes at least, in a layout of the runtime (expert parallelism, attention data-parallel or
     shared by the ranks of a unit).
 
-    Disaggregated: the two sides take turns (steps of one batch are serial).
+    Disaggregated: the two sides take turns. A step of one micro-batch is serial; of two, each half keeps one side busy.
     """
+    if split.micro_batches == 2 and work.num_tokens > 1:
+        return _in_turn_floor_s(footprint, machines, split, work)
     gpu = machines.accelerator
     if machines.is_cpu:  # ranks share one machine: its rates are divided, so the work is counted once
         return attention_floor_s(footprint, gpu, work) + experts_floor_s(footprint, gpu, work.num_tokens, 1)
     per_unit = _share(work, split.attention_units)
     seconds = attention_floor_s(footprint, gpu, per_unit) / split.attention_tp
-    seconds += experts_floor_s(footprint, gpu, work.num_tokens, split.expert_ranks)
+    seconds += experts_floor_s(footprint, gpu, work.num_tokens, split.expert_ranks, split.expert_tp)
     seconds += _sums_floor_s(footprint, gpu, split.attention_tp, per_unit.num_tokens)
     if split.attention_tp == split.num_ranks:  # every rank has every token: nothing is dispatched
         return seconds
     return seconds + _exchange_floor_s(footprint, machines, split, work.num_tokens)
+
+
+def _in_turn_floor_s(footprint: Footprint, machines: Machines, split: Split, work: Work) -> float:
+    """Of two halves: the busier side has both, one after the other, and no half is quicker than by itself. The head has
+    all rows at once.
+    """
+    gpu, units = machines.accelerator, split.attention_units
+    body, half = replace(work, samples=0), _share(replace(work, samples=0), 2)
+    head_s = attention_floor_s(footprint, gpu, _share(work, units))
+    head_s -= attention_floor_s(footprint, gpu, _share(body, units))
+    alone_s = step_floor_s(footprint, machines, replace(split, micro_batches=1), half)
+    attention_s = attention_floor_s(footprint, gpu, _share(half, units))
+    experts_s = experts_floor_s(footprint, gpu, half.num_tokens, split.expert_ranks)
+    return max(2 * attention_s, 2 * experts_s, alone_s) + head_s
 
 
 def tensor_parallel_floor_s(footprint: Footprint, gpu: Accelerator, ranks: int, work: Work) -> float:
@@ -116,14 +136,17 @@ def attention_floor_s(footprint: Footprint, gpu: Accelerator, work: Work) -> flo
     return seconds + max(kv_bytes / gpu.memory_bytes_s, flops / gpu.flops_16bit_s)
 
 
-def experts_floor_s(footprint: Footprint, gpu: Accelerator, num_tokens: int, ranks: int) -> float:
-    """Routed experts of all MoE layers, spread over `ranks`: a layer waits for its busiest rank. Uniform routing."""
+def experts_floor_s(footprint: Footprint, gpu: Accelerator, num_tokens: int, ranks: int, expert_tp: int = 1) -> float:
+    """Routed experts of all MoE layers, spread over `ranks`: a layer waits for its busiest rank. Uniform routing.
+
+    With `expert_tp` every rank has a slice of each expert instead, and all are as busy.
+    """
     model, params = footprint.model, footprint.expert_params
     if not model.moe_layers:
         return 0.0
-    busiest = busiest_rank(model.num_experts, num_tokens * model.experts_per_token, ranks)
-    read_s = busiest.experts * footprint.expert_bytes / gpu.memory_bytes_s
-    compute_s = 2 * busiest.tokens * params / _flops_s(gpu, footprint.precision.routed_bytes)
+    busiest = busiest_rank(model.num_experts, num_tokens * model.experts_per_token, ranks // expert_tp)
+    read_s = busiest.experts * footprint.expert_slice_bytes(expert_tp) / gpu.memory_bytes_s
+    compute_s = 2 * busiest.tokens * params / expert_tp / _flops_s(gpu, footprint.precision.routed_bytes)
     return len(model.moe_layers) * max(read_s, compute_s)
 
 

@@ -116,8 +116,13 @@ class Footprint:
     @property
     def expert_bytes(self) -> int:
         """One routed expert of one layer, with its scales where it is quantized."""
-        scales = 2 * self.model.expert_width + self.model.hidden_size if self.precision.routed_bytes == FP8_BYTES else 0
-        return int(self.expert_params * self.precision.routed_bytes) + scales * _SCALE_BYTES
+        return self.expert_slice_bytes(1)
+
+    def expert_slice_bytes(self, of: int) -> int:
+        """What each of `of` ranks holds of a routed expert that is divided over them: down's scales are whole."""
+        width, hidden = self.model.expert_width // of, self.model.hidden_size
+        scales = 2 * width + hidden if self.precision.routed_bytes == FP8_BYTES else 0
+        return int(self.expert_params * self.precision.routed_bytes / of) + scales * _SCALE_BYTES
 
     @property
     def attention_rank_bytes(self) -> int:

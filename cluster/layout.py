@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from actors.attention.kv_cache import EXPECTED_CHUNKS, PagePools, fit_page_tokens, plan_pages
 from actors.checkpoint.config import ModelConfig
-from actors.checkpoint.shard import check_shard
+from actors.checkpoint.shard import check_expert_shard, check_shard
 from actors.config import PipelineConfig
 from actors.dispatch.tensor_parallel import shard_config
 from actors.errors import ConfigError, LayoutError
@@ -22,7 +22,6 @@ from cluster.replicas import place_experts
 
 CPU_KV_CACHE_BYTES = 256 * 1024 * 1024  # PipelineConfig.kv_cache_bytes = 0 on a CPU
 LEAST_CONTEXT_TOKENS = 2048  # less KV room than this per request is no service (unless kv_cache_bytes asks for it)
-CHOICE_BATCH = 128  # requests at which auto compares the floors of layouts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +78,7 @@ def resolve(
     fitting = [candidate for candidate in considered if not candidate.problem]
     if not fitting:
         raise LayoutError(_refusal(considered, footprint, machines))
-    best = min(fitting, key=lambda candidate: _preference(candidate, footprint, machines))
+    best = min(fitting, key=lambda candidate: _preference(candidate, pipeline.target_batch, footprint, machines))
     ranks = rank_specs(best.split, model, pipeline.expert_replicas, pipeline.expert_slots)
     return Plan(
         pipeline=_settled(pipeline, best, footprint, machines),
@@ -105,7 +104,8 @@ def _settled(pipeline: PipelineConfig, best: Candidate, footprint: Footprint, ma
         attention_ranks=best.split.attention_ranks,
         expert_ranks=best.split.expert_ranks,
         attention_tp=best.split.attention_tp,
-        expert_slots=num_expert_slots(pipeline, footprint.model, best.split.expert_ranks),
+        expert_tp=best.split.expert_tp,
+        expert_slots=num_expert_slots(pipeline, footprint.model, best.split),
         device=machines.accelerator.device,
         max_model_len=best.max_model_len,
         page_tokens=best.pools.page_tokens,
@@ -113,22 +113,25 @@ def _settled(pipeline: PipelineConfig, best: Candidate, footprint: Footprint, ma
     )
 
 
-def num_expert_slots(pipeline: PipelineConfig, model: ModelConfig, expert_ranks: int) -> int:
+def num_expert_slots(pipeline: PipelineConfig, model: ModelConfig, split: Split) -> int:
     """Slots per layer of each expert rank: as asked for, or what it takes to hold every expert as often as asked."""
     if not model.moe_layers:
         return 0
-    return pipeline.expert_slots or -(-model.num_experts * pipeline.expert_replicas // expert_ranks)
+    num_holders = split.expert_ranks // split.expert_tp
+    return pipeline.expert_slots or -(-model.num_experts * pipeline.expert_replicas // num_holders)
 
 
 def rank_specs(
     split: Split, model: ModelConfig, expert_replicas: int = 1, expert_slots: int = 0
 ) -> tuple[RankSpec, ...]:
     """The ranks of a split. Attention ranks come first; every expert of every MoE layer gets its slots. What a rank has
-    beyond that of its `expert_slots` is empty. Ranks that share an attention follow the first of them.
+    beyond that of its `expert_slots` is empty. Ranks that share an attention follow the first of them; with `expert_tp`
+    each of them has its slice of every expert.
 
     Raises LayoutError if there are fewer expert ranks than replicas.
     """
-    held = place_experts(model.num_experts, split.expert_ranks, expert_replicas) if model.moe_layers else ()
+    num_holders = split.expert_ranks // split.expert_tp
+    held = place_experts(model.num_experts, num_holders, expert_replicas) * split.expert_tp if model.moe_layers else ()
     held = tuple((*experts, *[EMPTY_SLOT] * (expert_slots - len(experts))) for experts in held)
     slots = [dict.fromkeys(model.moe_layers, experts) if experts else {} for experts in held]
     if split.layout != "disaggregated":
@@ -140,6 +143,7 @@ def rank_specs(
                 roles=("attention", "expert"),
                 slots=slots[i],
                 shard=(i % tp, tp),
+                expert_shard=(i % split.expert_tp, split.expert_tp),
                 leader=i - i % tp if i % tp else -1,
             )
             for i in range(split.num_ranks)
@@ -157,8 +161,10 @@ def assess(split: Split, pipeline: PipelineConfig, footprint: Footprint, machine
         return _impossible(split, f"{pipeline.expert_replicas} replicas of every expert need as many expert ranks")
     if split.layout == "disaggregated" and not model.moe_layers:
         return _impossible(split, "the model has no experts to disaggregate")
-    if split.attention_tp > 1 and (why := _indivisible(model, split.attention_tp)):
+    if why := _indivisible(model, split):
         return _impossible(split, why)
+    if split.expert_tp > 1 and (pipeline.expert_replicas > 1 or pipeline.expert_slots not in (0, model.num_experts)):
+        return _impossible(split, "every rank has its slice of every expert once: there are no replicas or spare slots")
     if split.attention_tp > 1 and not machines.is_cpu and split.num_ranks > machines.per_host:
         return _impossible(split, f"{split.num_ranks} ranks that share an attention need GPUs of one host")
     if split.expert_ranks > max(1, model.num_experts * pipeline.expert_replicas):
@@ -189,10 +195,12 @@ def assess(split: Split, pipeline: PipelineConfig, footprint: Footprint, machine
     return replace(candidate, problem=_misfit(pipeline, machines, footprint, weights, candidate))
 
 
-def _indivisible(model: ModelConfig, attention_tp: int) -> str:
+def _indivisible(model: ModelConfig, split: Split) -> str:
     """What of the model cannot be divided over so many ranks; empty if all can."""
     try:
-        check_shard(model, attention_tp)
+        if split.attention_tp > 1:
+            check_shard(model, split.attention_tp)
+        check_expert_shard(model, split.expert_tp)
     except ConfigError as e:
         return str(e)
     return ""
@@ -216,7 +224,8 @@ def _splits(pipeline: PipelineConfig, machines: Machines) -> list[Split]:
             )
         return [Split(layout="colocated", attention_ranks=attention, expert_ranks=attention)]
     if pipeline.layout == "disaggregated" or (attention, experts) != (1, 1):
-        return [Split(layout="disaggregated", attention_ranks=attention, expert_ranks=experts)]
+        num = 1 if machines.is_cpu or machines.num_hosts > 1 else pipeline.micro_batches
+        return [Split(layout="disaggregated", attention_ranks=attention, expert_ranks=experts, micro_batches=num)]
     return _open_splits(machines)
 
 
@@ -228,7 +237,7 @@ def _shared_attention(pipeline: PipelineConfig) -> Split:
     for name, asked in (("attention_ranks", pipeline.attention_ranks), ("expert_ranks", pipeline.expert_ranks)):
         if asked not in (1, tp):
             raise LayoutError(f"with attention_tp {tp} there are {tp} ranks, each with both roles; {name} is {asked}")
-    return Split(layout="colocated", attention_ranks=tp, expert_ranks=tp, attention_tp=tp)
+    return Split(layout="colocated", attention_ranks=tp, expert_ranks=tp, attention_tp=tp, expert_tp=pipeline.expert_tp)
 
 
 def _open_splits(machines: Machines) -> list[Split]:
@@ -239,20 +248,23 @@ def _open_splits(machines: Machines) -> list[Split]:
     disaggregated = [Split(layout="disaggregated", attention_ranks=a, expert_ranks=n - a) for a in range(1, n)]
     if machines.num_hosts > 1:
         return disaggregated
-    colocated = [Split(layout="colocated", attention_ranks=n, expert_ranks=n, attention_tp=tp) for tp in (1, n)]
+    colocated = [
+        Split(layout="colocated", attention_ranks=n, expert_ranks=n, attention_tp=attention_tp, expert_tp=expert_tp)
+        for attention_tp, expert_tp in ((1, 1), (n, 1), (n, n))
+    ]
     return [Split(layout="single"), *colocated, *disaggregated]
 
 
-def _preference(candidate: Candidate, footprint: Footprint, machines: Machines) -> float:
-    """Seconds of a decode step at CHOICE_BATCH requests, or per request where fewer have room: less is better."""
-    work = decode(max(1, min(CHOICE_BATCH, candidate.kv_tokens // decode(1).context_tokens)))
+def _preference(candidate: Candidate, target_batch: int, footprint: Footprint, machines: Machines) -> float:
+    """Seconds per request of a decode step at `target_batch`, or at as many as have room: less is better."""
+    work = decode(max(1, min(target_batch, candidate.kv_tokens // decode(1).context_tokens)))
     return step_floor_s(footprint, machines, candidate.split, work) / work.num_tokens
 
 
 def _weight_bytes(spec: RankSpec, footprint: Footprint) -> int:
     num_slots = sum(len(experts) for experts in spec.slots.values())
     dense = footprint.attention_shard_bytes(spec.shard[1]) if "attention" in spec.roles else 0
-    return dense + num_slots * footprint.expert_bytes
+    return dense + num_slots * footprint.expert_slice_bytes(spec.expert_shard[1])
 
 
 def usable_bytes(pipeline: PipelineConfig, machines: Machines) -> int:
@@ -364,9 +376,10 @@ def _reason(pipeline: PipelineConfig, machines: Machines, num_fitting: int) -> s
         return "ranks were asked for by role"
     if machines.is_cpu or machines.count == 1:
         return "one device"
+    floor = f"the lowest decode floor at {pipeline.target_batch} requests"
     if machines.num_hosts > 1:
-        return "several hosts: each side scales alone; the split with the lowest decode floor"
-    return f"the lowest decode floor of {num_fitting} that fit"
+        return f"several hosts: each side scales alone; {floor}"
+    return f"{floor} of {num_fitting} that fit"
 
 
 def _gb(num_bytes: int) -> str:

@@ -3,12 +3,16 @@
 Owns their processes. The ranks are the real ones (`actors/rank_loop.py`); only where they live differs.
 """
 
+import faulthandler
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import torch
 
@@ -18,15 +22,33 @@ from actors.router.fleet import FleetNews, RankDown, RankUp
 from actors.types import RankEndpoints, Role
 from cluster.rank_environment import RANK_ENVIRONMENT
 
+log = logging.getLogger("corral.fleet")
+
 FIRST_LEASE_S = 60.0
 
 
-def _live(rank: int, device: str, threads: int, host: str, pipe: multiprocessing.connection.Connection) -> None:
+LOG_FORMAT = "%(asctime)s.%(msecs)03d %(name)s %(message)s"
+
+
+def _live(
+    rank: int, device: str, threads: int, host: str, pipe: multiprocessing.connection.Connection, log_file: str
+) -> None:
+    if log_file:
+        _write_log(log_file)
     if threads:
         torch.set_num_threads(threads)
     loop = RankLoop(Rank(rank, torch.device(device), host), FIRST_LEASE_S)
     pipe.send(loop.start())
     loop.run()
+
+
+def _write_log(path: str) -> None:
+    """What is logged goes to `path`, and what all threads are doing whenever SIGUSR1 asks for it."""
+    file = Path(path).open("a", buffering=1)  # noqa: SIM115 (as long as the process lives)
+    logging.basicConfig(stream=file, level=logging.INFO, format=LOG_FORMAT, datefmt="%H:%M:%S")
+    faulthandler.enable(file)
+    faulthandler.register(signal.SIGUSR1, file)
+    log.info("begins")
 
 
 @contextmanager
@@ -42,13 +64,17 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 class LocalFleet:
     """Implements `actors.router.fleet.Fleet`. `devices` are those that ranks may take, "cpu" or "cuda:N" each: a GPU
-    belongs to one rank at a time, a CPU to any number.
+    belongs to one rank at a time, a CPU to any number. `logs`: a folder for a file of each rank's, rank-N.log; on
+    SIGUSR1 a rank writes its threads' stacks there.
     """
 
-    def __init__(self, devices: Sequence[str], threads_per_rank: int, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self, devices: Sequence[str], threads_per_rank: int, host: str = "127.0.0.1", logs: Path | None = None
+    ) -> None:
         self._devices = devices
         self._threads = threads_per_rank
         self._host = host
+        self._logs = logs
         self._context = multiprocessing.get_context("spawn")
         self.processes: dict[int, BaseProcess] = {}
         self._device_of: dict[int, str] = {}
@@ -120,7 +146,14 @@ class LocalFleet:
             environment["CUDA_VISIBLE_DEVICES"] = number
         process = self._context.Process(
             target=_live,
-            args=(rank, "cuda:0" if kind == "cuda" else kind, self._threads, self._host, theirs),
+            args=(
+                rank,
+                "cuda:0" if kind == "cuda" else kind,
+                self._threads,
+                self._host,
+                theirs,
+                "" if self._logs is None else str(self._logs / f"rank-{rank}.log"),
+            ),
             daemon=True,
         )
         with _environment(environment):  # a spawned process takes it from us, before it imports anything

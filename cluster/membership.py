@@ -35,6 +35,7 @@ def plan_membership(plan: Plan, scaling: ScalingConfig) -> Membership:
         replicas=pipeline.expert_replicas,
         rebalance_gain=scaling.rebalance_gain,
         attention_tp=pipeline.attention_tp,
+        expert_tp=pipeline.expert_tp,
     )
     autoscaler = Autoscaler(
         scaling, pipeline.attention_ranks, pipeline.expert_ranks, pipeline.layout, is_fixed=pipeline.attention_tp > 1

@@ -5,6 +5,7 @@ happens. The environment is prepared before this module is imported (`cluster/pr
 """
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation, gRPCOptions
 from ray.serve.schema import LoggingConfig
 
-from actors.app import build
+from actors.app import build_with
 from cluster.private_ray import ServicePorts
 
 APPLICATION = "corral"
@@ -23,6 +24,8 @@ SERVICERS = [
 ]
 _LOOPBACK_NODE = "127.0.0.2"  # Ray replaces 127.0.0.1 by a network address; ranks are for this machine only
 _OBJECT_STORE_BYTES = 100_000_000  # messages and tensors do not travel through it
+_CORES_PER_INGRESS = 8  # an ingress takes one at most
+_MAX_INGRESSES = 4
 _NUM_CPUS = 16  # bookkeeping only: threads are counted by threads_per_rank
 
 
@@ -47,7 +50,13 @@ def start(args: dict[str, Any], ports: ServicePorts, scratch: Path) -> None:
         grpc_options=gRPCOptions(port=ports.grpc, grpc_servicer_functions=SERVICERS),
         logging_config=LoggingConfig(enable_access_log=False),
     )
-    serve.run(build(args), name=APPLICATION, route_prefix="/", logging_config=LoggingConfig(enable_access_log=False))
+    application = build_with(args, num_replicas=num_ingresses(os.cpu_count() or 1))
+    serve.run(application, name=APPLICATION, route_prefix="/", logging_config=LoggingConfig(enable_access_log=False))
+
+
+def num_ingresses(num_cores: int) -> int:
+    """Replicas of the ingress on a machine: the tokens of a step should not wait for each other in one process."""
+    return max(1, min(_MAX_INGRESSES, num_cores // _CORES_PER_INGRESS))
 
 
 def ray_address() -> str:

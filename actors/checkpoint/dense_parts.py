@@ -1,4 +1,4 @@
-"""An attention rank's weights part by part: which rows and columns of which stored tensor are which final one.
+"""Weights part by part: which rows and columns of which stored tensor are which final one.
 
 Owns the names, the cuts of a shard, and the parts whose final form is not the stored one. Knows nothing of files, nor
 how large a read should be.
@@ -13,7 +13,7 @@ from torch import Tensor
 from actors.checkpoint.config import ModelConfig
 from actors.checkpoint.expected import ffn_form, ffn_shapes
 from actors.checkpoint.headers import TensorInfo
-from actors.checkpoint.layouts.rules import LinearTarget
+from actors.checkpoint.layouts.rules import ExpertTarget, LinearTarget, experts_prefix, swiglu_linears
 from actors.checkpoint.pieces import Piece
 from actors.checkpoint.quantization import INT4_GROUP, ExpertFormat
 from actors.checkpoint.quantized import PACKED, quantize_fp8, quantize_int4, widen_int4
@@ -28,7 +28,7 @@ _BLOCK_VALUES = 1 << 24  # what is quantized at a time, in fp32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DensePart:
-    """One stored tensor of an attention rank: `shape` is all of it, `target` what of it is held, and where.
+    """One stored tensor: `shape` is all of it, `target` what of it is held, and where.
 
     A vector is a matrix of one row. `stored` is its form in the checkpoint; the target's dtype and scale say how it is
     held.
@@ -142,19 +142,25 @@ def _attention_parts(prefix: str, layer: LayerWeights, config: ModelConfig, shar
 
 
 def _ffn_parts(ffn: DenseFfn, config: ModelConfig, layer: int, shard: Shard) -> Iterator[DensePart]:
-    gate_scale, up_scale = (None, None) if ffn.gate_up_scale is None else ffn.gate_up_scale.chunk(2)
-    gate, up = ffn.gate_up_ND.chunk(2)
-    held = ((gate, gate_scale), (up, up_scale), (ffn.down_DF, ffn.down_scale))
-    for (name, shape), (weight, scale) in zip(ffn_shapes(config, layer).items(), held, strict=True):
-        is_down = weight is ffn.down_DF
-        target = LinearTarget(
-            name=name,
-            rows=range(shape[0]) if is_down else shard.part(shape[0]),
-            columns=shard.part(shape[1]) if is_down else range(shape[1]),
-            weight=weight,
-            scale=scale,
-        )
-        yield DensePart(shape=shape, target=target, stored=ffn_form(config))
+    shapes = ffn_shapes(config, layer)
+    prefix = next(iter(shapes)).removesuffix("gate_proj")
+    held = ExpertTarget(
+        gate_up_ND=ffn.gate_up_ND, down_DF=ffn.down_DF, gate_up_scale_N=ffn.gate_up_scale, down_scale_D=ffn.down_scale
+    )
+    for linear in swiglu_linears(prefix, held, shard):
+        yield DensePart(shape=shapes[linear.name], target=linear, stored=ffn_form(config))
+
+
+def expert_parts(
+    config: ModelConfig, layer: int, expert: int, target: ExpertTarget, shard: Shard
+) -> Iterator[DensePart]:
+    """The linears of one routed expert, in the form that `target` has, of which it holds `shard`."""
+    hidden, width = config.hidden_size, config.expert_width
+    is_packed = target.down_DF.dtype == torch.int32
+    stored: ExpertFormat = "int4" if is_packed else "plain" if target.down_scale_D is None else "fp8"
+    gate, up, down = swiglu_linears(f"{experts_prefix(layer)}{expert}.", target, shard)
+    for linear, shape in ((gate, (width, hidden)), (up, (width, hidden)), (down, (hidden, width))):
+        yield DensePart(shape=shape, target=linear, stored=stored)
 
 
 def _plain(

@@ -14,7 +14,8 @@ from actors.checkpoint.headers import TensorInfo
 if TYPE_CHECKING:
     from torch import Tensor
 
-LEAST_SLICE_BYTES = 4096  # a page: less of a row than this costs as much to read as the whole row
+LEAST_SLICE_BYTES = 4096  # a page: less of a row than this costs as much to read as the whole row,
+LONG_ROW_BYTES = 16384  # unless the row is as long as this
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +53,8 @@ class Piece:
     @property
     def reads_slices(self) -> bool:
         """Whether only the wanted part of each row is read; else rows are read whole, and cut in memory."""
-        return not self.is_contiguous and self.row_bytes >= LEAST_SLICE_BYTES
+        is_long = self.row_bytes >= LEAST_SLICE_BYTES or self.stored_row_bytes >= LONG_ROW_BYTES
+        return not self.is_contiguous and is_long
 
     @property
     def num_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""Which part of the dense weights one of several tensor-parallel ranks holds.
+"""Which part of the weights one of several tensor-parallel ranks holds.
 
 Owns the division. Knows nothing of groups or collectives: the sum over ranks is the caller's.
 """
@@ -12,7 +12,7 @@ from actors.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """Part `index` of `of` equal ones. Heads, widths of FFNs and the head's vocabulary are divided."""
+    """Part `index` of `of` equal ones. Heads, widths of FFNs and of experts, and the head's vocabulary are divided."""
 
     index: int = 0
     of: int = 1
@@ -42,6 +42,17 @@ def check_shard(config: ModelConfig, of: int) -> None:
         "columns of a dense layer": (config.dense_width if has_dense else 0, INT4_GROUP if int4_ffn else 1),
     }
     for what, (size, unit) in sizes.items():
-        if size % (of * unit):
-            whole = f" in whole groups of {unit}" if unit > 1 else ""
-            raise ConfigError("attention_tp", f"{size} {what} cannot be divided by {of}{whole}")
+        _check_divides("attention_tp", what, size, of, unit)
+
+
+def check_expert_shard(config: ModelConfig, of: int) -> None:
+    """Raises ConfigError if each routed expert cannot be divided over `of` ranks."""
+    width = config.expert_width if config.moe_layers else 0
+    unit = INT4_GROUP if config.quantized == "int4" else 1
+    _check_divides("expert_tp", "columns of a routed expert", width, of, unit)
+
+
+def _check_divides(key: str, what: str, size: int, of: int, unit: int) -> None:
+    if size % (of * unit):
+        whole = f" in whole groups of {unit}" if unit > 1 else ""
+        raise ConfigError(key, f"{size} {what} cannot be divided by {of}{whole}")

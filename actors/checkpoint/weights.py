@@ -9,16 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 
 from actors.checkpoint.config import ModelConfig
-from actors.checkpoint.dense_parts import DensePart, dense_parts
+from actors.checkpoint.dense_parts import DensePart, dense_parts, expert_parts
 from actors.checkpoint.expected import FORM_OF_LAYOUT, ffn_form
 from actors.checkpoint.index import CheckpointIndex
 from actors.checkpoint.layouts import fused, per_expert
 from actors.checkpoint.layouts.rules import ExpertTarget
 from actors.checkpoint.quantization import ExpertFormat
-from actors.checkpoint.quantized import put_quantized
-from actors.checkpoint.random_weights import random_down, random_gate_up
 from actors.checkpoint.reader import Progress, Reader
-from actors.checkpoint.shard import WHOLE, Shard, check_shard
+from actors.checkpoint.shard import WHOLE, Shard, check_expert_shard, check_shard
 from actors.checkpoint.tensors import (
     AttentionWeights,
     DenseFfn,
@@ -117,20 +115,26 @@ def load_experts(
     dtype: torch.dtype,
     device: torch.device | str,
     progress: Progress | None = None,
+    shard: Shard = WHOLE,
 ) -> dict[int, ExpertWeights]:
-    """Reads the experts of `slots` and nothing else; by layer. Quantized ones stay as they are stored on any device.
+    """Reads the experts of `slots`, or one slice of each, and nothing else; by layer. Quantized ones stay as they are
+    stored on any device.
 
-    Raises CheckpointError, and ValueError for a slot that the model does not have.
+    Raises CheckpointError, ConfigError for a slice that cannot be, and ValueError for a slot that the model does not
+    have.
     """
-    weights = _experts_room(config, slots, dtype, torch.device(device), FORM_OF_LAYOUT[index.layout])
-    read_experts(index, _targets(weights, slots), progress)
+    weights = _experts_room(config, slots, dtype, torch.device(device), FORM_OF_LAYOUT[index.layout], shard)
+    read_experts(index, _targets(weights, slots), progress, shard)
     return weights
 
 
 def read_experts(
-    index: CheckpointIndex, wanted: Iterable[tuple[int, int, ExpertTarget]], progress: Progress | None = None
+    index: CheckpointIndex,
+    wanted: Iterable[tuple[int, int, ExpertTarget]],
+    progress: Progress | None = None,
+    shard: Shard = WHOLE,
 ) -> None:
-    """Reads experts, each a (layer, expert, where to), and nothing else. Raises CheckpointError.
+    """Reads `shard` of experts, each a (layer, expert, where to), and nothing else. Raises CheckpointError.
 
     On CUDA the reads are queued on the calling thread's current stream, and may not have ended when it returns.
     """
@@ -139,40 +143,47 @@ def read_experts(
         piece
         for layer, expert, target in wanted
         for piece in (
-            fused.expert_pieces(index.tensors, layer, expert, target)
+            fused.expert_pieces(index.tensors, layer, expert, target, shard)
             if is_fused
-            else per_expert.expert_pieces(index.tensors, form, layer, expert, target)
+            else per_expert.expert_pieces(index.tensors, form, layer, expert, target, shard)
         )
     ]
     Reader().read(pieces, progress)
 
 
 def dummy_experts(
-    config: ModelConfig, slots: Slots, dtype: torch.dtype, device: torch.device | str, seed: int, form: ExpertFormat
+    config: ModelConfig,
+    slots: Slots,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int,
+    form: ExpertFormat,
+    shard: Shard = WHOLE,
 ) -> dict[int, ExpertWeights]:
     """Random experts made on the device. Each depends on (seed, layer, expert) only: any split is the same model."""
-    weights = _experts_room(config, slots, dtype, torch.device(device), form)
+    weights = _experts_room(config, slots, dtype, torch.device(device), form, shard)
     for layer, expert, target in _targets(weights, slots):
-        make_expert(config, layer, expert, target, seed)
+        make_expert(config, layer, expert, target, seed, shard)
     return weights
 
 
-def make_expert(config: ModelConfig, layer: int, expert: int, target: ExpertTarget, seed: int) -> None:
-    """Fills `target`, on its device and in its form, with the random expert of (seed, layer, expert)."""
-    device = target.down_DF.device
-    gate_up_ND = random_gate_up(config, layer, expert, seed=seed, device=device)
-    put_quantized(gate_up_ND, target.gate_up_ND, target.gate_up_scale_N)
-    put_quantized(random_down(config, layer, expert, seed=seed, device=device), target.down_DF, target.down_scale_D)
+def make_expert(
+    config: ModelConfig, layer: int, expert: int, target: ExpertTarget, seed: int, shard: Shard = WHOLE
+) -> None:
+    """Fills `target`, on its device and in its form, with `shard` of the random expert of (seed, layer, expert)."""
+    for part in expert_parts(config, layer, expert, target, shard):
+        part.make(config, seed)
 
 
 def _experts_room(
-    config: ModelConfig, slots: Slots, dtype: torch.dtype, device: torch.device, form: ExpertFormat
+    config: ModelConfig, slots: Slots, dtype: torch.dtype, device: torch.device, form: ExpertFormat, shard: Shard
 ) -> dict[int, ExpertWeights]:
+    check_expert_shard(config, shard.of)
     for layer, experts in slots.items():
         if not config.is_moe(layer) or any(not 0 <= expert < config.num_experts for expert in experts):
             raise ValueError(f"layer {layer} has no experts {experts}")
     room = Room(form=form, dtype=dtype, device=device, widens=False)
-    hidden, width = config.hidden_size, config.expert_width
+    hidden, width = config.hidden_size, config.expert_width // shard.of
     return {layer: allocate_slots(hidden, width, len(experts), room) for layer, experts in slots.items()}
 
 

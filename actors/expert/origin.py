@@ -11,6 +11,7 @@ from actors.checkpoint.config import ModelConfig
 from actors.checkpoint.index import CheckpointIndex, validate_checkpoint
 from actors.checkpoint.layouts.rules import ExpertTarget
 from actors.checkpoint.reader import Progress
+from actors.checkpoint.shard import WHOLE, Shard
 from actors.checkpoint.weights import make_expert, read_experts
 from actors.config import PipelineConfig
 
@@ -21,7 +22,7 @@ Wanted = Sequence[tuple[int, int, ExpertTarget]]
 
 
 class Origin(Protocol):
-    """Gives any expert of the model, as it is stored."""
+    """Gives any expert of the model, or always the same slice of it, as it is stored."""
 
     @property
     def name(self) -> str:
@@ -36,36 +37,43 @@ class Origin(Protocol):
 class CheckpointOrigin:
     """Reads safetensors; the directory is looked at when it is first needed."""
 
-    def __init__(self, directory: str) -> None:
-        self.name = f"checkpoint {directory}"
+    def __init__(self, directory: str, shard: Shard = WHOLE) -> None:
+        self.name = f"checkpoint {directory}{_slice_name(shard)}"
         self._directory = Path(directory)
+        self._shard = shard
         self._index: CheckpointIndex | None = None
 
     def fill(self, wanted: Wanted, progress: Progress) -> None:
         if self._index is None:
             self._index = validate_checkpoint(self._directory)
-        read_experts(self._index, wanted, progress)
+        read_experts(self._index, wanted, progress, self._shard)
 
 
 class DummyOrigin:
     """Makes random experts, the same for the same seed and kind of device."""
 
-    def __init__(self, config: ModelConfig, directory: str, seed: int) -> None:
-        self.name = f"dummy {directory} {seed}"
+    def __init__(self, config: ModelConfig, directory: str, seed: int, shard: Shard = WHOLE) -> None:
+        self.name = f"dummy {directory} {seed}{_slice_name(shard)}"
         self._config = config
         self._seed = seed
+        self._shard = shard
 
     def fill(self, wanted: Wanted, progress: Progress) -> None:
         sizes = [_num_bytes(target) for _, _, target in wanted]
         for idx, (layer, expert, target) in enumerate(wanted):
-            make_expert(self._config, layer, expert, target, self._seed)
+            make_expert(self._config, layer, expert, target, self._seed, self._shard)
             progress(sum(sizes[: idx + 1]), sum(sizes))
 
 
-def make_origin(config: ModelConfig, pipeline: PipelineConfig) -> Origin:
+def make_origin(config: ModelConfig, pipeline: PipelineConfig, shard: Shard = WHOLE) -> Origin:
+    """Of `shard` of every expert."""
     if pipeline.load == "dummy":
-        return DummyOrigin(config, pipeline.model, DUMMY_SEED)
-    return CheckpointOrigin(pipeline.model)
+        return DummyOrigin(config, pipeline.model, DUMMY_SEED, shard)
+    return CheckpointOrigin(pipeline.model, shard)
+
+
+def _slice_name(shard: Shard) -> str:
+    return f" part {shard.index} of {shard.of}" if shard.of > 1 else ""
 
 
 def _num_bytes(target: ExpertTarget) -> int:

@@ -31,13 +31,13 @@ class _Holder(NamedTuple):
 
 
 def disagreements(specs: Iterable[RankSpec], proofs_of_rank: Mapping[int, Proofs]) -> list[Disagreement]:
-    """Slots that lack a proof, compute nonsense, or differ from the other replicas of their expert.
+    """Slots that lack a proof, compute nonsense, or differ from the other replicas of their expert (of its slice).
 
     The majority is right; where there is none, the oldest rank is (the one with the lowest number). Empty slots are not
     looked at. By rank, layer and slot.
     """
     found: list[Disagreement] = []
-    holders: dict[tuple[int, int], list[_Holder]] = {}
+    holders: dict[tuple[int, int, tuple[int, int]], list[_Holder]] = {}  # of the same slice
     for spec in sorted(specs, key=lambda spec: spec.rank):
         for layer, experts in spec.slots.items():
             proofs = proofs_of_rank.get(spec.rank, {}).get(layer, ())
@@ -49,8 +49,9 @@ def disagreements(specs: Iterable[RankSpec], proofs_of_rank: Mapping[int, Proofs
                 elif not math.isfinite(proofs[slot].probe):
                     found.append(Disagreement(spec.rank, layer, slot, f"expert {expert} is not finite"))
                 else:
-                    holders.setdefault((layer, expert), []).append(_Holder(spec.rank, slot, proofs[slot]))
-    for (layer, expert), group in holders.items():
+                    holder = _Holder(spec.rank, slot, proofs[slot])
+                    holders.setdefault((layer, expert, spec.expert_shard), []).append(holder)
+    for (layer, expert, _), group in holders.items():
         found += [Disagreement(rank, layer, slot, f"expert {expert} {why}") for rank, slot, why in _outvoted(group)]
     return sorted(found)
 

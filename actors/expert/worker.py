@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from actors.checkpoint.config import ModelConfig
+from actors.checkpoint.shard import WHOLE, Shard, check_expert_shard
 from actors.checkpoint.tensors import Room, allocate_slots, num_weight_bytes
 from actors.config import PipelineConfig
 from actors.errors import CheckpointError, LayoutError
@@ -36,7 +37,9 @@ Report = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 # Read, then proven, before the next. On a CPU it bounds what is staged to be widened; on a GPU nothing is.
 READ_BATCH_BYTES = {"cpu": 512 << 20, "cuda": 8 << 30}
-REHEARSED_ROWS = (1, 2, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+# Kernels are chosen by the number of rows, as a power of two up to that of a small placement, or per slot.
+REHEARSED_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+REHEARSED_ROWS_PER_SLOT = (8, 20, 40, 56, 64, 128, 256)
 PROBE_SEED = 20250405
 NO_PROOF = SlotProof(checksum=0, probe=0.0)
 
@@ -51,13 +54,20 @@ class ExpertWorker:
         device: torch.device,
         origin: Origin,
         keys: ChannelKeys | None = None,
+        shard: Shard = WHOLE,
     ) -> None:
-        """Holds nothing yet. `keys` are those of the pipeline's channels, to copy from peers."""
+        """Holds nothing yet. `keys` are those of the pipeline's channels, to copy from peers. `shard`: the slice of
+        every expert that `origin` gives; what is computed is then a term of a sum over the slices.
+
+        Raises ConfigError for a slice that cannot be.
+        """
+        check_expert_shard(config, shard.of)
         self.device = device
         self._room = Room.on(device, config.quantized, dtype)
         form = "packed int4" if self._room.is_packed else str(dtype)
         self.weights_name = f"{origin.name} as {form}"
         self._config = config
+        self._width = config.expert_width // shard.of
         self._dtype = dtype
         self._origin = origin
         self._keys = keys
@@ -80,12 +90,15 @@ class ExpertWorker:
         report: Report | None = None,
         sources: Sequence[SlotSource] = (),
         keys: ChannelKeys | None = None,
+        shard: Shard = WHOLE,
     ) -> "ExpertWorker":
-        """Copies from `sources`, reads, or with `load: dummy` makes, the experts of `slots`.
+        """Copies from `sources`, reads, or with `load: dummy` makes, the experts of `slots`, or `shard` of each.
 
-        Raises CheckpointError; ValueError for slots that the model does not have; LayoutError if they do not fit.
+        Raises CheckpointError; ConfigError for a slice that cannot be; ValueError for slots that the model does not
+        have; LayoutError if they do not fit.
         """
-        worker = cls(config, compute_dtype(config, pipeline), device, make_origin(config, pipeline), keys)
+        origin = make_origin(config, pipeline, shard)
+        worker = cls(config, compute_dtype(config, pipeline), device, origin, keys, shard)
         worker.change(slots, {}, sources, report)
         if device.type == "cuda":  # what making and proving took, on a stream whose memory nobody else can use
             torch.cuda.empty_cache()
@@ -171,15 +184,24 @@ class ExpertWorker:
         return bool(self._replaced)
 
     @torch.inference_mode()
-    def rehearse(self, max_rows: int) -> None:
-        """Computes rows of nobody in every number that kernels are chosen by, up to `max_rows`."""
+    def rehearse(self, max_rows: int, has_tokens: bool = False) -> None:
+        """Computes rows of nobody in every number that kernels are chosen by, up to `max_rows`: as peers send them, and
+        where this process `has_tokens` of its own, as these come.
+        """
         layer = next(iter(self._layers), None)
         if layer is None or self.device.type != "cuda":
             return
-        for num_rows in [*(size for size in REHEARSED_ROWS if size < max_rows), max_rows]:
+        num_slots, top_k = self._layers[layer].capacity, self._config.experts_per_token
+        for num_rows in rehearsed_rows(max_rows, num_slots):
             x_ND = torch.zeros(num_rows, self._config.hidden_size, dtype=self._dtype, device=self.device)
-            slots_N = torch.arange(num_rows, device=self.device) % self._layers[layer].capacity
+            slots_N = torch.arange(num_rows, device=self.device) % num_slots
             self(layer, x_ND, slots_N)
+            if has_tokens:
+                num_tokens = -(-num_rows // top_k)
+                ids_TK = slots_N[:num_tokens, None].expand(num_tokens, top_k)
+                scores_TK = x_ND[:num_tokens, :top_k].contiguous()
+                self.routed(layer, x_ND[:num_tokens], ids_TK, scores_TK, torch.arange(num_slots, device=self.device))
+        self.take_num_rows()  # they were nobody's
 
     def free_replaced(self) -> None:
         """Frees the memory that layers left when they moved. Call it between steps; what captured the old addresses
@@ -217,7 +239,7 @@ class ExpertWorker:
     def _allocate(self, layer: int, num_slots: int) -> LayerSlots:
         config = self._config
         try:
-            weights = allocate_slots(config.hidden_size, config.expert_width, num_slots, self._room)
+            weights = allocate_slots(config.hidden_size, self._width, num_slots, self._room)
             return LayerSlots(weights, self._dtype, config.quantized)
         except torch.OutOfMemoryError as e:
             raise LayoutError(f"no memory for {num_slots} experts of layer {layer}: {e}") from e
@@ -291,6 +313,12 @@ class ExpertWorker:
     def _synchronize(self) -> None:
         if self._stream is not None:
             self._stream.synchronize()
+
+
+def rehearsed_rows(max_rows: int, num_slots: int) -> list[int]:
+    """The numbers of rows, ascending, `max_rows` last."""
+    by_slot = [rows * num_slots for rows in REHEARSED_ROWS_PER_SLOT]
+    return sorted({min(num_rows, max_rows) for num_rows in (*REHEARSED_ROWS, *by_slot, max_rows)})
 
 
 class _Progress:

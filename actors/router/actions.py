@@ -3,7 +3,7 @@
 Owns the words only: `epochs.py` says them, `core.py` carries them out.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from actors.types import Epoch, Loaded, RankEndpoints, Role, ToRank
@@ -61,7 +61,9 @@ Action = Start | Kill | Connect | Tell | Suspend | BeginServing
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChangeRecord:
-    """One change as people look back on it. Times in seconds; `pause_s` is how long no step was planned for it."""
+    """One change as people look back on it. Times in seconds; `pause_s` is how long no step was planned for it,
+    `phases_s` how long each of its phases took, in their order.
+    """
 
     epoch: int
     why: str
@@ -69,6 +71,7 @@ class ChangeRecord:
     took_s: float
     pause_s: float
     problem: str  # empty if it succeeded
+    phases_s: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -95,6 +95,7 @@ class RouterCore:
         self._steps = StepsInFlight()
         self._step = 0
         self._epoch: Epoch | None = None  # that steps may be sent to
+        self._sequence = 0  # of the plan that was sent last in it
         self._expert_load = ExpertLoad()
         self._slow_ranks = SlowRanks()
         self._ingress_seen_s: dict[bytes, float] = {}
@@ -159,10 +160,12 @@ class RouterCore:
         assert epoch is not None, "steps are planned only while an epoch serves"
         tokens = {rank: sum(work.num_tokens for work in plan.work) for rank, plan in sent.plans.items()}
         tokens_of_rank = tuple(tokens.get(spec.unit, 0) for spec in epoch.ranks)
+        self._sequence += 1
         for spec in epoch.ranks:
             plan = StepPlan(
-                epoch=epoch.epoch, step=sent.step, tokens_of_rank=tokens_of_rank, rank_plan=sent.plans.get(spec.unit)
-            )
+                epoch=epoch.epoch, step=sent.step, sequence=self._sequence, tokens_of_rank=tokens_of_rank,
+                rank_plan=sent.plans.get(spec.unit),
+            )  # fmt: skip
             self._outside.to_rank(spec.rank, plan)
         self.metrics.step_launched(sum(tokens.values()))
 
@@ -213,7 +216,7 @@ class RouterCore:
                 if pace is not None and self._epoch is not None:
                     self._slow_ranks.note(rank, pace, self._scheduler.num_pages_used(self._epoch.unit_of(rank)), now_s)
             case Progress():
-                machine.on_progress(message)
+                machine.on_progress(message, now_s)
             case Attached():
                 self._act(machine.on_attached(message, now_s), now_s)
             case Loaded():
@@ -256,13 +259,14 @@ class RouterCore:
     def _begin_serving(self, action: BeginServing, now_s: float) -> None:
         epoch, kept = action.epoch, action.kept
         self._scheduler.change_ranks(_pages_of_units(epoch, action.loaded), kept)
-        self._epoch = epoch
+        self._epoch, self._sequence = epoch, 0
         self._steps.keep_only(kept, now_s)
         for sent in self._steps:
             self._send(sent)
         record = self._machine.history[-1]
-        log.info("serving epoch %d with %d ranks after %.2f s, %.0f ms of them without steps: %s", epoch.epoch,
-                 len(epoch.ranks), record.took_s, record.pause_s * 1e3, record.why)  # fmt: skip
+        phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in record.phases_s.items())
+        log.info("serving epoch %d with %d ranks after %.2f s, %.0f ms of them without steps: %s (%s)", epoch.epoch,
+                 len(epoch.ranks), record.took_s, record.pause_s * 1e3, record.why, phases)  # fmt: skip
         self._has_served = True
         self._tell_ingresses()
 

@@ -46,7 +46,8 @@ RETRY_FIRST_S = 0.1
 RETRY_MOST_S = 10.0
 FIND_TIMEOUT_S = 5.0  # for ranks of an earlier router to answer
 START_TIMEOUT_S = 600.0  # for a process to come up; the cluster may have to bring a node first
-PREPARE_MARGIN_S = 1.5  # reaching peers has a timeout of its own
+LOAD_AGAIN_S = 5.0  # without news of a rank that loads: what it was told, or its answer, may be lost
+PREPARE_MARGIN_S = 4.0  # peers are reached before they meet, and the group formed after
 BLAME_AFTER_TRIES = 3  # a rank that does not answer so often is lost
 HISTORY = 20
 
@@ -78,12 +79,22 @@ class _Change:
     waiting_for: set[int] = field(default_factory=set)
     ends_s: float = float("inf")
     paused_s: float = 0.0  # when planning stopped for it
+    phases_s: dict[str, float] = field(default_factory=dict)  # that are over
+    entered_s: float = 0.0  # when the phase that it is in began
+    loads: dict[int, Load] = field(default_factory=dict)  # what each rank was told to load
+    heard_s: dict[int, float] = field(default_factory=dict)  # when a rank that loads was last told, or heard of
     accused: Counter[int] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
 
     @property
     def ranks(self) -> tuple[RankSpec, ...]:
         return self.epoch.ranks
+
+    def leave_phase(self, now_s: float) -> None:
+        """Notes how long it took."""
+        if self.entered_s:
+            self.phases_s[self.phase.value] = now_s - self.entered_s
+        self.entered_s = now_s
 
 
 class EpochMachine:
@@ -256,8 +267,10 @@ class EpochMachine:
 
     # --- answers of ranks ---------------------------------------------------------------------------------------------
 
-    def on_progress(self, message: Progress) -> None:
+    def on_progress(self, message: Progress, now_s: float) -> None:
         self._progress[message.rank] = (message.done_bytes, message.total_bytes)
+        if self._change is not None:
+            self._change.heard_s[message.rank] = now_s
 
     def on_loaded(self, message: Loaded, now_s: float) -> list[Action]:
         change = self._change
@@ -318,7 +331,13 @@ class EpochMachine:
             return self._fail(problem, now_s)
         if change is None and not self.serving and not self.broken and now_s >= self._retry_at_s:
             return self._bring_up(self.problem, now_s)
-        return []
+        return self._load_again(change, now_s) if change is not None and change.phase is Phase.LOADING else []
+
+    def _load_again(self, change: _Change, now_s: float) -> list[Action]:
+        """Tells ranks that have been silent once more what to load: those that have it only answer."""
+        silent = [rank for rank in sorted(change.waiting_for) if now_s - change.heard_s[rank] > LOAD_AGAIN_S]
+        change.heard_s.update(dict.fromkeys(silent, now_s))
+        return [Tell(rank, change.loads[rank]) for rank in silent]
 
     # --- the phases ---------------------------------------------------------------------------------------------------
 
@@ -358,6 +377,7 @@ class EpochMachine:
     def _enter(self, phase: Phase, waiting_for: set[int], now_s: float, timeout_s: float) -> list[Action]:
         change = self._change
         assert change is not None
+        change.leave_phase(now_s)
         change.phase, change.waiting_for, change.ends_s = phase, waiting_for, now_s + timeout_s
         return [] if waiting_for else self._advance(now_s)
 
@@ -389,12 +409,13 @@ class EpochMachine:
                 return self._serve(change, now_s)
 
     def _load(self, change: _Change, now_s: float) -> list[Action]:
-        tells: list[Action] = []
         for spec in change.ranks:
             sources = self._sources(spec) if spec != self._members[spec.rank].spec else ()
-            tells.append(
-                Tell(spec.rank, Load(epoch=change.epoch.epoch, spec=spec, pipeline=self._pipeline, sources=sources))
+            change.loads[spec.rank] = Load(
+                epoch=change.epoch.epoch, spec=spec, pipeline=self._pipeline, sources=sources
             )
+        change.heard_s = dict.fromkeys(change.loads, now_s)
+        tells: list[Action] = [Tell(rank, load) for rank, load in change.loads.items()]
         return tells + self._enter(Phase.LOADING, _numbers(change.ranks), now_s, float("inf"))
 
     def _sources(self, spec: RankSpec) -> tuple[SlotSource, ...]:
@@ -403,7 +424,8 @@ class EpochMachine:
         sources = []
         for peer in peers:
             member = self._members.get(peer.rank)
-            if peer.rank != spec.rank and peer.slots and member and member.endpoints and member.endpoints.weights:
+            is_alike = peer.rank != spec.rank and peer.slots and peer.expert_shard == spec.expert_shard
+            if is_alike and member and member.endpoints and member.endpoints.weights:
                 sources.append(SlotSource(endpoint=member.endpoints.weights, experts=peer.slots))
         return tuple(sources)
 
@@ -417,7 +439,8 @@ class EpochMachine:
         store = self._store if len(change.ranks) > 1 else ""
         epoch = Epoch(epoch=change.epoch.epoch, ranks=change.ranks, store=store, endpoints=endpoints)
         change.epoch = epoch
-        tells: list[Action] = [Tell(spec.rank, Prepare(epoch=epoch)) for spec in change.ranks]
+        hurries = self._last is not None and not self.serving
+        tells: list[Action] = [Tell(s.rank, Prepare(epoch=epoch, hurries=hurries)) for s in change.ranks]
         timeout_s = self._join_timeout_s + PREPARE_MARGIN_S
         return tells + self._enter(Phase.PREPARING, _numbers(change.ranks), now_s, timeout_s)
 
@@ -502,6 +525,7 @@ class EpochMachine:
         return actions
 
     def _record(self, change: _Change, problem: str, now_s: float) -> None:
+        change.leave_phase(now_s)
         self.num_failed += bool(problem)
         self.num_done += not problem
         pause_s = 0.0
@@ -515,6 +539,7 @@ class EpochMachine:
                 took_s=now_s - change.began_s,
                 pause_s=pause_s,
                 problem=problem,
+                phases_s=change.phases_s,
             )
         )
 

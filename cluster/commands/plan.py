@@ -33,7 +33,10 @@ PREFILL_CHUNK_TOKENS = 8192
 @click.option("--attention-ranks", type=click.IntRange(min=1), default=1)
 @click.option("--expert-ranks", type=click.IntRange(min=1), default=1)
 @click.option("--attention-tp", type=click.IntRange(min=1), default=1, help="Ranks that share one attention.")
+@click.option("--expert-tp", type=click.IntRange(min=1), default=1, help="1, or attention-tp: experts in slices.")
 @click.option("--expert-replicas", type=click.IntRange(min=1), default=1, help="Copies of every expert.")
+@click.option("--target-batch", type=click.IntRange(min=1), default=128, show_default=True,
+              help="Requests at once for which auto chooses.")  # fmt: skip
 @click.option("--precision", type=click.Choice(get_args(PrecisionName)), default="checkpoint", show_default=True,
               help="fp8: routed experts only, as in Maverick FP8; int4: all FFNs, as in Scout w4a16.")  # fmt: skip
 @click.option("--max-model-len", type=click.IntRange(min=0), default=0, help="Tokens of prompt and output.")
@@ -48,7 +51,9 @@ def plan(
     attention_ranks: int,
     expert_ranks: int,
     attention_tp: int,
+    expert_tp: int,
     expert_replicas: int,
+    target_batch: int,
     precision: PrecisionName,
     max_model_len: int,
     gpu_memory_utilization: float,
@@ -63,6 +68,8 @@ def plan(
             "attention_ranks": attention_ranks,
             "expert_ranks": expert_ranks,
             "attention_tp": attention_tp,
+            "expert_tp": expert_tp,
+            "target_batch": target_batch,
             "expert_replicas": expert_replicas,
             "max_model_len": max_model_len,
             "gpu_memory_utilization": gpu_memory_utilization,

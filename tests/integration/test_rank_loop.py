@@ -101,15 +101,15 @@ def load(pipeline: PipelineConfig, epoch: int, spec: RankSpec = SPEC) -> Load:
     return Load(epoch=epoch, spec=spec, pipeline=pipeline.as_dict())
 
 
-def step(epoch: int, number: int, *, first: bool) -> StepPlan:
-    """The first computes the prompt, later ones the token before."""
+def step(epoch: int, number: int, *, first: bool, sequence: int = 0) -> StepPlan:
+    """The first computes the prompt, later ones the token before. The epoch's plan number `sequence`, or `number`."""
     start, size = (0, len(PROMPT)) if first else (len(PROMPT) + number - 2, 1)
     pages = (0,) if first else ()
     work = Work(request_idx=0, start=start, num_tokens=size, samples=True, global_pages=pages, chunked_pages=pages)
     sampling = SamplingParams(max_tokens=50, temperature=0.0)
     admission = Admission(request_idx=0, prompt_ids=PROMPT, output_ids=(), sampling=sampling)
     plan = RankPlan(admitted=(admission,) if first else (), work=(work,))
-    return StepPlan(epoch=epoch, step=number, tokens_of_rank=(size,), rank_plan=plan)
+    return StepPlan(epoch=epoch, step=number, sequence=sequence or number, tokens_of_rank=(size,), rank_plan=plan)
 
 
 def bring_up(router: Router, pipeline: PipelineConfig, number: int, *, fresh: bool) -> None:
@@ -133,8 +133,8 @@ def test_a_step_that_failed_runs_again_in_the_next_epoch_but_is_taken_in_once(
 
     def tokens_of(epoch: int, numbers: Sequence[int]) -> list[int]:
         tokens = []
-        for number in numbers:
-            router.tell(step(epoch, number, first=number == 1))
+        for sequence, number in enumerate(numbers, 1):
+            router.tell(step(epoch, number, first=number == 1, sequence=sequence))
             result = router.hear("steps")
             assert isinstance(result, StepResult) and (result.epoch, result.step) == (epoch, number), result
             tokens.append(result.tokens[0].token_id)
@@ -163,6 +163,47 @@ def test_a_step_that_failed_runs_again_in_the_next_epoch_but_is_taken_in_once(
     assert isinstance(alive, Alive) and alive.rank == 4
     router.tell(step(12, 6, first=False))
     assert router.hear("steps", 0.5) is None
+    router.close()
+
+
+def test_a_plan_that_was_lost_ends_the_epoch_for_the_rank_and_its_requests_go_on(
+    rank: tuple[RankEndpoints, threading.Thread, RankLoop], pipeline: PipelineConfig
+) -> None:
+    router = Router(rank[0], b"router")
+    router.tell(Attach(term=1))
+    router.hear()
+    bring_up(router, pipeline, 10, fresh=True)
+    router.tell(step(10, 1, first=True))
+    assert isinstance(router.hear("steps"), StepResult)
+    router.tell(step(10, 3, first=False))
+    failed = router.hear("steps")
+    assert isinstance(failed, Failed) and "1 plans before step 3 did not arrive" in failed.problem
+    bring_up(router, pipeline, 11, fresh=False)
+    for number in (2, 3):
+        router.tell(step(11, number, first=False, sequence=number - 1))
+        result = router.hear("steps")
+        assert isinstance(result, StepResult) and result.step == number
+    router.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # it ends so
+def test_a_rank_whose_answer_was_lost_ends(
+    rank: tuple[RankEndpoints, threading.Thread, RankLoop], pipeline: PipelineConfig
+) -> None:
+    """It has gone on from the token that nobody heard; its requests are computed again elsewhere."""
+    endpoints, thread, _ = rank
+    router = Router(endpoints, b"router")
+    router.tell(Attach(term=1))
+    router.hear()
+    bring_up(router, pipeline, 10, fresh=True)
+    router.tell(step(10, 1, first=True))
+    assert isinstance(router.hear("steps"), StepResult)
+    bring_up(router, pipeline, 11, fresh=False)
+    router.tell(step(11, 1, first=True))
+    failed = router.hear("steps")
+    assert isinstance(failed, Failed) and "answer to step 1 was lost" in failed.problem
+    thread.join(10)
+    assert not thread.is_alive()
     router.close()
 
 

@@ -67,7 +67,7 @@ class Running:
     steps: zmq.Socket[Any]
 
     def plan(self, number: int) -> None:
-        message = StepPlan(epoch=1, step=number, tokens_of_rank=(1,), rank_plan=RankPlan())
+        message = StepPlan(epoch=1, step=number, sequence=number, tokens_of_rank=(1,), rank_plan=RankPlan())
         self.steps.send(TO_RANK.encode(message))
 
     def hear(self, timeout_s: float = 10.0) -> Any:

@@ -6,16 +6,13 @@
 """
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 from actors.checkpoint.config import ModelConfig
 from actors.checkpoint.headers import TensorInfo
-from actors.checkpoint.layouts.rules import ExpertTarget, LinearTarget, TensorRule, experts_prefix, linear_rules
+from actors.checkpoint.layouts.rules import ExpertTarget, TensorRule, experts_prefix, linear_rules, swiglu_linears
 from actors.checkpoint.pieces import Piece
 from actors.checkpoint.quantization import ExpertFormat
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from actors.checkpoint.shard import WHOLE, Shard
 
 
 def expected(config: ModelConfig, form: ExpertFormat) -> dict[str, TensorRule]:
@@ -31,21 +28,13 @@ def expected(config: ModelConfig, form: ExpertFormat) -> dict[str, TensorRule]:
 
 
 def expert_pieces(
-    tensors: Mapping[str, TensorInfo], form: ExpertFormat, layer: int, expert: int, target: ExpertTarget
+    tensors: Mapping[str, TensorInfo],
+    form: ExpertFormat,
+    layer: int,
+    expert: int,
+    target: ExpertTarget,
+    shard: Shard = WHOLE,
 ) -> Iterator[Piece]:
-    """One expert's linears as they are stored, gate and up into the halves of one tensor."""
-    prefix = f"{experts_prefix(layer)}{expert}."
-    scales = _parts(target.gate_up_scale_N, target.down_scale_D)
-    for (name, weight), (_, scale) in zip(_parts(target.gate_up_ND, target.down_DF), scales, strict=True):
-        assert weight is not None, "every target has weights"
-        columns = range(weight.shape[1])  # an expert is read whole, so only where they begin matters
-        yield from LinearTarget(
-            name=prefix + name, rows=range(weight.shape[0]), columns=columns, weight=weight, scale=scale
-        ).pieces(tensors, form)
-
-
-def _parts(gate_up: "Tensor | None", down: "Tensor | None") -> tuple[tuple[str, "Tensor | None"], ...]:
-    if gate_up is None:
-        return ("gate_proj", None), ("up_proj", None), ("down_proj", down)
-    width = gate_up.shape[0] // 2
-    return ("gate_proj", gate_up[:width]), ("up_proj", gate_up[width:]), ("down_proj", down)
+    """One expert's linears as they are stored, gate and up into the halves of one tensor; of a slice its part alone."""
+    for linear in swiglu_linears(f"{experts_prefix(layer)}{expert}.", target, shard):
+        yield from linear.pieces(tensors, form)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from actors.checkpoint.headers import TensorInfo
 from actors.checkpoint.pieces import Piece
 from actors.checkpoint.quantization import INT4_GROUP, ExpertFormat
+from actors.checkpoint.shard import Shard
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +31,7 @@ class ExpertTarget:
 
     plain: gate_up_ND [2F, D] with the gate half first, down_DF [D, F], no scales. fp8: the same in float8_e4m3fn (where
     it is held widened, in the compute dtype), gate_up_scale_N [2F] and down_scale_D [D] in fp32. int4: int32 [2F, D/8]
-    and [D, F/8], scales bf16 [2F, D/128] and [D, F/128].
+    and [D, F/8], scales bf16 [2F, D/128] and [D, F/128]. Of a slice, F is its own part of the expert's width.
     """
 
     gate_up_ND: "Tensor"
@@ -92,3 +93,21 @@ class LinearTarget:
     def _piece(self, tensors: Mapping[str, TensorInfo], kind: str, first_column: int, target: "Tensor") -> Piece:
         info = tensors[f"{self.name}.{kind}"]
         return Piece(info=info, first_row=self.rows.start, first_column=first_column, target=target)
+
+
+def swiglu_linears(prefix: str, target: ExpertTarget, shard: Shard) -> tuple[LinearTarget, LinearTarget, LinearTarget]:
+    """Gate, up and down of one expert or FFN, of which `target` holds `shard`: rows of the first two, columns of down.
+
+    Their names are `prefix` and gate_proj, up_proj, down_proj.
+    """
+    gate, up = target.gate_up_ND.chunk(2)
+    gate_scale, up_scale = (None, None) if target.gate_up_scale_N is None else target.gate_up_scale_N.chunk(2)
+    part = shard.part(gate.shape[0] * shard.of)
+    inputs = range(target.down_DF.shape[0])  # as many as down has outputs; those of gate may be packed
+    return (
+        LinearTarget(name=prefix + "gate_proj", rows=part, columns=inputs, weight=gate, scale=gate_scale),
+        LinearTarget(name=prefix + "up_proj", rows=part, columns=inputs, weight=up, scale=up_scale),
+        LinearTarget(
+            name=prefix + "down_proj", rows=inputs, columns=part, weight=target.down_DF, scale=target.down_scale_D
+        ),
+    )

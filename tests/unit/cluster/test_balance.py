@@ -70,8 +70,10 @@ def check_membership(balancer: Balancer, ranks: Sequence[RankSpec]) -> None:
         assert held == set(range(balancer.num_experts)), "an expert has no holder"
 
 
-def check_step(balancer: Balancer, before: Sequence[RankSpec], after: Sequence[RankSpec], next_rank: int) -> None:
-    """What must hold between any membership and its successor."""
+def check_step(
+    balancer: Balancer, before: Sequence[RankSpec], after: Sequence[RankSpec], next_rank: int, replaces: bool = False
+) -> None:
+    """What must hold between any membership and its successor. `replaces`: nobody reads slots meanwhile."""
     check_membership(balancer, after)
     old = {spec.rank: spec for spec in before}
     new = [spec for spec in after if spec.rank not in old]
@@ -83,7 +85,8 @@ def check_step(balancer: Balancer, before: Sequence[RankSpec], after: Sequence[R
             assert spec.roles == old[spec.rank].roles and spec.slots.keys() == old[spec.rank].slots.keys()
             for layer, slots in spec.slots.items():
                 for was, now in zip(old[spec.rank].slots[layer], slots, strict=True):
-                    assert was == now or EMPTY_SLOT in (was, now), "a slot changed from one expert to another"
+                    is_kept = was == now or EMPTY_SLOT in (was, now)
+                    assert is_kept or replaces, "a slot changed from one expert to another"
 
 
 def follow(
@@ -202,7 +205,7 @@ def test_a_rebalance_ends_better_than_it_began_and_takes_no_holders_away(
 
 @settings(max_examples=150, deadline=None)
 @given(situation=situations(), data=st.data())
-def test_after_any_loss_survivors_keep_their_experts_and_as_few_ranks_come_as_it_takes(
+def test_after_any_loss_as_little_is_loaded_and_as_few_ranks_come_as_it_takes(
     situation: tuple[Balancer, tuple[RankSpec, ...], ExpertTokens], data: st.DataObject
 ) -> None:
     balancer, current, _ = situation
@@ -211,7 +214,7 @@ def test_after_any_loss_survivors_keep_their_experts_and_as_few_ranks_come_as_it
     lost = [spec for spec in current if spec.rank in lost_numbers]
     ranks = balancer.recover(survivors, lost, 50)
     assert ranks == balancer.recover(survivors, lost, 50)
-    check_step(balancer, survivors, ranks, 50)
+    check_step(balancer, survivors, ranks, 50, replaces=True)
     new = [spec for spec in ranks if spec.rank >= 50]
     assert [spec.rank for spec in ranks if spec.rank < 50] == [spec.rank for spec in survivors], "a survivor left"
     for layer in balancer.moe_layers:
@@ -219,12 +222,19 @@ def test_after_any_loss_survivors_keep_their_experts_and_as_few_ranks_come_as_it
         for spec in ranks:
             kept = [experts_of(old, layer) for old in survivors if old.rank == spec.rank]
             assert set(experts_of(spec, layer)) - set(kept[0] if kept else ()) <= set(range(9)) - alive, "needless load"
+        old_rows = [spec.slots[layer] for spec in expert_ranks(survivors)]
+        new_rows = [spec.slots[layer] for spec in ranks if spec.rank < 50 and "expert" in spec.roles]
+        pairs = [pair for old, new_ in zip(old_rows, new_rows, strict=True) for pair in zip(old, new_, strict=True)]
+        num_replaced = sum(was not in (now, EMPTY_SLOT) for was, now in pairs)
+        num_empty = sum(was == EMPTY_SLOT for was, _ in pairs)
+        assert num_replaced <= max(0, balancer.num_experts - len(alive) - num_empty), (
+            "a replica was given up for nothing"
+        )
     num_new = len(expert_ranks(new))
     if num_new > (not expert_ranks(survivors)):
-        room = (num_new - 1) * balancer.num_slots
+        room = (num_new - 1) * balancer.num_slots  # every slot of a survivor is empty, an expert's only one, or spare
         assert any(
-            balancer.num_experts - len({e for spec in survivors for e in experts_of(spec, layer)})
-            > room + sum(spec.slots[layer].count(EMPTY_SLOT) for spec in expert_ranks(survivors))
+            balancer.num_experts > room + sum(len(spec.slots[layer]) for spec in expert_ranks(survivors))
             for layer in balancer.moe_layers
         ), "one new rank less would do"
     restored = [ranks, *(step.ranks for step in follow(balancer, ranks, goal(len(expert_ranks(current))), {}))]
@@ -303,6 +313,12 @@ def test_a_new_rank_takes_the_place_of_the_lost_one_where_there_is_no_room() -> 
     ranks = (ATTENTION, expert_rank(1, 0, 1), expert_rank(2, 2, 3))
     recovered = planner(num_slots=2).recover(ranks[:2], ranks[2:], 3)
     assert recovered == (ATTENTION, expert_rank(1, 0, 1), expert_rank(3, 2, 3))
+
+
+def test_experts_that_nobody_holds_take_the_place_of_replicas_where_no_slot_is_empty() -> None:
+    ranks = (ATTENTION, expert_rank(1, 0, 1, 2), expert_rank(2, 1, 2, 0), expert_rank(3, 3, 4, 0))
+    recovered = planner(num_experts=5, num_slots=3).recover(ranks[:3], ranks[3:], 4)
+    assert recovered == (ATTENTION, expert_rank(1, 3, 1, 2), expert_rank(2, 4, 2, 0))
 
 
 def test_one_new_rank_for_two_lost_ones_if_it_has_the_room_and_the_other_comes_later() -> None:

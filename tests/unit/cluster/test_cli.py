@@ -32,10 +32,12 @@ def test_help_names_every_command() -> None:
 def test_plan_of_maverick_on_eight_h200() -> None:
     result = run("plan", "--shape", "maverick", "--gpus", "8xH200", "--precision", "fp8")
     assert result.exit_code == 0
-    assert "colocated 8 TP8: the lowest decode floor" in result.output
+    assert "colocated 8 TP8 sliced: the lowest decode floor at 128" in result.output
     assert "KV of each attention rank" in result.output
     assert "76.7 GB" in result.output
-    assert result.output.count("colocated 8 TP8") == 3, "as a layout, as the one that is chosen, and with its floors"
+    assert result.output.count("colocated 8 TP8 sliced") == 3, (
+        "as a layout, as the one that is chosen, and with its floors"
+    )
 
 
 def test_plan_refuses_what_does_not_fit_with_exit_code_1() -> None:

@@ -73,9 +73,9 @@ def test_an_unknown_key_of_a_pipeline_is_refused() -> None:
     ("name", "model", "machines", "layout"),
     [
         ("local.yaml", read_model_config(ROOT / "deploy" / "demo-model"), "cpu", "1A+1E"),
-        ("scout.yaml", SCOUT, "2xH200", "colocated 2 TP2"),
+        ("scout.yaml", SCOUT, "2xH200", "colocated 2 TP2 sliced"),
         ("maverick.yaml", MAVERICK_FP8, "2x8xH200", "4A+12E"),
-        ("maverick-4xh200.yaml", MAVERICK_FP8, "4xH200", "colocated 4 TP4"),
+        ("maverick-4xh200.yaml", MAVERICK_FP8, "4xH200", "colocated 4 TP4 sliced"),
     ],
 )
 def test_deploy_files_fit_the_machines_that_they_name(

@@ -1,9 +1,20 @@
 """Floors against a table that was computed independently (a roofline of Maverick on 4 H200 by another program)."""
 
+from dataclasses import replace
+
 import pytest
 
 from actors.checkpoint.shapes import SHAPES, StoredExperts, shape_config
-from cluster.floors import Split, busiest_rank, decode, prefill, step_floor_s, tensor_parallel_floor_s
+from cluster.floors import (
+    Split,
+    attention_floor_s,
+    busiest_rank,
+    decode,
+    experts_floor_s,
+    prefill,
+    step_floor_s,
+    tensor_parallel_floor_s,
+)
 from cluster.footprint import Footprint, Precision
 from cluster.hardware import H200, parse_machines
 
@@ -47,6 +58,18 @@ def test_a_unit_of_all_ranks_is_tensor_parallel_and_dispatches_nothing() -> None
     half = Split(layout="colocated", attention_ranks=4, expert_ranks=4, attention_tp=2)
     floors = [step_floor_s(OFFICIAL, FOUR, split, decode(8)) for split in (unit, half, COLOCATED)]
     assert floors == sorted(floors)  # at small batches, reading dense weights again costs more than sums
+
+
+def test_floors_of_slices() -> None:
+    """Every rank reads a quarter of each distinct expert, and none is the busiest. Context 1,104."""
+    unit, sliced = (
+        Split(layout="colocated", attention_ranks=4, expert_ranks=4, attention_tp=4, expert_tp=n) for n in (1, 4)
+    )
+    assert str(sliced) == "colocated 4 TP4 sliced"
+    for batch, expected_ms in {1: 2.4, 8: 3.7, 32: 7.8, 128: 18.9, 256: 26.4}.items():
+        seconds = step_floor_s(OFFICIAL, FOUR, sliced, decode(batch, 1104))
+        assert seconds * 1e3 == pytest.approx(expected_ms, rel=0.03)
+        assert seconds < step_floor_s(OFFICIAL, FOUR, unit, decode(batch, 1104))
 
 
 def test_prefill_floors_of_maverick_on_4xh200() -> None:
@@ -148,3 +171,20 @@ def test_hosts_apart_cost_more() -> None:
     near = step_floor_s(OFFICIAL, parse_machines("8xH200"), split, decode(32))
     far = step_floor_s(OFFICIAL, parse_machines("2x4xH200"), split, decode(32))
     assert far > near
+
+
+def test_two_micro_batches_keep_the_busier_side_busy() -> None:
+    """1A+3E: worth it from about 32 requests on, as long as weights are most of what is read."""
+    halves = replace(DISAGGREGATED, micro_batches=2)
+    seconds = {
+        (batch, split.micro_batches): step_floor_s(OFFICIAL, FOUR, split, decode(batch, 1104))
+        for batch in (8, 32, 128)
+        for split in (DISAGGREGATED, halves)
+    }
+    assert seconds[8, 2] > seconds[8, 1]
+    assert seconds[32, 2] < 0.9 * seconds[32, 1]
+    assert seconds[128, 2] < 0.85 * seconds[128, 1]
+    busier_s = max(
+        attention_floor_s(OFFICIAL, H200, decode(128, 1104)), experts_floor_s(OFFICIAL, H200, 128, 3)
+    )  # no division spares anybody work
+    assert seconds[128, 2] > busier_s

@@ -10,10 +10,10 @@ from actors.attention.kv_cache import plan_pages
 from actors.checkpoint.shapes import SHAPES, shape_config
 from actors.config import PipelineConfig
 from actors.errors import LayoutError
-from cluster.floors import Split
+from cluster.floors import Split, Work
 from cluster.footprint import Footprint, Precision
 from cluster.hardware import H200, Machines, parse_machines
-from cluster.layout import longest_request_tokens, place_experts, rank_specs, resolve
+from cluster.layout import assess, candidates, longest_request_tokens, place_experts, rank_specs, resolve
 
 MAVERICK_FP8 = shape_config(SHAPES["maverick"], experts="fp8")
 MAVERICK = shape_config(SHAPES["maverick"])
@@ -82,7 +82,8 @@ def test_auto_with_rank_counts_is_disaggregated_and_shares_the_cores() -> None:
 
 def test_auto_colocates_on_one_host_and_disaggregates_over_several() -> None:
     one = resolve(PipelineConfig(gpu_memory_utilization=0.95), MAVERICK_FP8, parse_machines("4xH200"))
-    assert str(one.split) == "colocated 4 TP4" and one.pipeline.attention_tp == 4
+    assert str(one.split) == "colocated 4 TP4 sliced"
+    assert (one.pipeline.attention_tp, one.pipeline.expert_tp, one.pipeline.expert_slots) == (4, 4, 128)
     several = resolve(PipelineConfig(), MAVERICK_FP8, parse_machines("2x8xH200"))
     assert several.pipeline.layout == "disaggregated"
     assert several.split.attention_ranks + several.split.expert_ranks == 16
@@ -100,6 +101,38 @@ def test_official_maverick_fp8_on_4xh200(attention_tp: int, weight_gb: float, kv
     assert max(plan.weight_bytes) == pytest.approx(weight_gb * 1e9, rel=0.01)
     assert plan.chosen.kv_tokens == pytest.approx(kv_tokens, rel=0.01)
     assert plan.footprint.total_bytes == pytest.approx(414.9e9, rel=0.01)
+
+
+def test_ranks_of_slices_hold_a_part_of_every_expert() -> None:
+    plan = resolve(PipelineConfig(attention_tp=4, expert_tp=4), MAVERICK_FP8, parse_machines("4xH200"))
+    assert [(spec.shard, spec.expert_shard) for spec in plan.ranks] == [((i, 4), (i, 4)) for i in range(4)]
+    assert all(slots == tuple(range(128)) for spec in plan.ranks for slots in spec.slots.values())
+    whole = resolve(PipelineConfig(attention_tp=4), MAVERICK_FP8, parse_machines("4xH200"))
+    assert plan.weight_bytes[0] == pytest.approx(whole.weight_bytes[0], rel=0.001)  # but for scales, that is a quarter
+    assert whole.pipeline.expert_tp == 1 and all(spec.expert_shard == (0, 1) for spec in whole.ranks)
+
+
+@pytest.mark.parametrize("target_batch", [1, 32, 256])
+def test_auto_chooses_for_the_batch_that_is_aimed_at(monkeypatch: pytest.MonkeyPatch, target_batch: int) -> None:
+    """Whichever layout has the lowest floor there: here whole experts are made to win small batches."""
+
+    def floor_s(footprint: object, machines: object, split: Split, work: Work) -> float:
+        return 1.0 + (work.num_tokens if split.expert_tp == 1 else 64)
+
+    monkeypatch.setattr("cluster.layout.step_floor_s", floor_s)
+    plan = resolve(PipelineConfig(target_batch=target_batch), MAVERICK_FP8, parse_machines("4xH200"))
+    assert (plan.split.expert_tp > 1) == (target_batch > 64)
+    assert f"at {target_batch} requests" in plan.reason
+    asked = {str(c.split) for c in candidates(plan.pipeline, plan.footprint, plan.machines)}
+    assert asked == {str(plan.split)}, "what was resolved stays so"
+
+
+def test_replicas_and_spare_slots_rule_slices_out() -> None:
+    for keys in ({"expert_replicas": 2}, {"expert_slots": 5}):
+        plan = resolve(PipelineConfig(**keys), SCOUT, parse_machines("4xH200"))  # type: ignore[arg-type]
+        assert plan.split.expert_tp == 1
+        sliced = Split(layout="colocated", attention_ranks=4, expert_ranks=4, attention_tp=4, expert_tp=4)
+        assert "no replicas or spare slots" in assess(sliced, plan.pipeline, plan.footprint, plan.machines).problem
 
 
 def test_ranks_that_share_an_attention_are_one_unit() -> None:
@@ -124,6 +157,7 @@ def test_ranks_that_share_an_attention_are_one_unit() -> None:
         ),
         (PipelineConfig(attention_tp=2, attention_ranks=4), "cpu", "attention_ranks is 4"),
         (PipelineConfig(attention_tp=2, expert_ranks=3), "cpu", "expert_ranks is 3"),
+        (PipelineConfig(attention_tp=2, expert_tp=2, expert_slots=9), "cpu", "no replicas or spare slots"),
     ],
 )
 def test_what_cannot_share_an_attention_is_refused(pipeline: PipelineConfig, machines: str, problem: str) -> None:

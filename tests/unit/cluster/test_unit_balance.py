@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from actors.config import ScalingConfig
 from actors.errors import LayoutError
@@ -69,6 +70,36 @@ def test_whatever_happens_the_unit_is_whole(
             ranks = proposal.ranks
         else:
             raise AssertionError("no end to it")
+
+
+@settings(max_examples=50, deadline=None)
+@given(tp=st.integers(2, 4), num_experts=st.integers(1, 5), data=st.data())
+def test_slices_stay_where_they_are_and_come_back(tp: int, num_experts: int, data: st.DataObject) -> None:
+    balancer = Balancer(
+        layout="colocated", moe_layers=(1, 3), num_experts=num_experts, num_slots=num_experts, attention_tp=tp,
+        expert_tp=tp,
+    )  # fmt: skip
+    goal, everything = Goal(attention_ranks=tp, expert_ranks=tp), tuple(range(num_experts))
+    ranks, next_rank = balancer.first(goal, 0), tp
+    tokens = {layer: [TOKENS_TO_JUDGE * 100.0] + [1.0] * (num_experts - 1) for layer in (1, 3)}
+    for _ in range(4):
+        check_unit(ranks, tp, num_experts)
+        assert all(spec.expert_shard == spec.shard for spec in ranks)
+        assert all(spec.slots == {1: everything, 3: everything} for spec in ranks)
+        assert balancer.propose(ranks, goal, tokens, next_rank) is None and balancer.problem(ranks, goal) == ""
+        lost_numbers = data.draw(st.sets(st.sampled_from([spec.rank for spec in ranks])))
+        survivors = [spec for spec in ranks if spec.rank not in lost_numbers]
+        lost = [spec for spec in ranks if spec.rank in lost_numbers]
+        ranks = balancer.recover(survivors, lost, next_rank)
+        kept = {spec.rank: spec for spec in ranks}
+        assert all(structs.replace(kept[spec.rank], leader=spec.leader) == spec for spec in survivors)
+        next_rank += len(lost)
+
+
+def test_slices_are_of_one_unit_and_have_no_replicas() -> None:
+    for keys in ({"attention_tp": 4}, {"attention_tp": 2, "replicas": 2}):
+        with pytest.raises(LayoutError, match="2 slices of"):
+            Balancer(layout="colocated", moe_layers=(1,), num_experts=4, num_slots=4, expert_tp=2, **keys)
 
 
 def test_the_leader_is_the_rank_with_the_first_shard_whatever_its_number() -> None:

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+from msgspec import structs
+
 from actors.expert.proofs import disagreements
 from actors.types import EMPTY_SLOT, RankSpec, SlotProof
 
@@ -42,6 +44,12 @@ def test_experts_of_other_layers_are_other_experts() -> None:
     specs = [RankSpec(rank=0, roles=("expert",), slots={1: (5,), 3: (5,)})]
     proof = SlotProof(checksum=1, probe=1.0)
     assert disagreements(specs, {0: {1: (proof,), 3: (SlotProof(checksum=2, probe=9.0),)}}) == []
+
+
+def test_slices_of_one_expert_are_no_replicas() -> None:
+    halves = [structs.replace(_spec(rank, 5), expert_shard=(rank % 2, 2)) for rank in range(4)]
+    proofs = {0: _proofs((7, 1.0)), 1: _proofs((8, 3.0)), 2: _proofs((7, 1.0)), 3: _proofs((9, 3.0))}
+    assert _places(halves, proofs) == [(3, 1, 0)]
 
 
 def test_probes_that_are_not_finite_have_no_vote() -> None:

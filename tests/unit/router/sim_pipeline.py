@@ -48,16 +48,26 @@ PATIENCE_S = 60.0
 
 
 class Link:
-    """Delivers in order, a little later."""
+    """Delivers in order, a little later, unless it is to lose something."""
 
     def __init__(self, world: World) -> None:
         self._world = world
         self._last_s = 0.0
+        self._num_to_lose = 0
 
     def send(self, action: Callable[[], None]) -> None:
         arrives_s = max(self._last_s, self._world.now_s + PACKET_S * self._world.rng.uniform(0.5, 2.0))
         self._last_s = arrives_s
-        self._world.after(arrives_s - self._world.now_s, action)
+        self._world.after(arrives_s - self._world.now_s, lambda: self._arrive(action))
+
+    def _arrive(self, action: Callable[[], None]) -> None:
+        if not self._num_to_lose:
+            action()
+        self._num_to_lose = max(0, self._num_to_lose - 1)
+
+    def lose(self, num_messages: int) -> None:
+        """A connection that is reset as so many are under way, and made again: they are lost, and nobody is told."""
+        self._num_to_lose = num_messages
 
 
 class SimFleet:
@@ -136,6 +146,12 @@ class SimRouter:
 
     def disconnect(self, rank: int) -> None:
         self._to_ranks.pop(rank, None)
+
+    def reset(self, rank: int, channel: int, num_there: int, num_back: int) -> None:
+        """Loses the next so many messages of one of a rank's two connections, in each direction."""
+        if rank in self._to_ranks:
+            self._to_ranks[rank][channel].lose(num_there)
+            self._backs(rank)[channel].lose(num_back)
 
     def to_rank(self, rank: int, message: ToRank) -> None:
         links = self._to_ranks.get(rank)
@@ -309,6 +325,9 @@ class Pipeline:
         self.num_slots = -(-num_experts // self.num_experts_ranks) + rng.choice((0, 1, 2))
         self.replicas = rng.choice((1, 2)) if self.num_slots * self.num_experts_ranks >= 2 * num_experts else 1
         self.replicas = min(self.replicas, self.num_experts_ranks)
+        self.expert_tp = self.attention_tp if seed % 16 == 15 else 1
+        if self.expert_tp > 1:  # experts in slices, of which every rank has one
+            self.num_slots, self.replicas = num_experts, 1
         self.moe_layers, self.num_experts = (1, 3), num_experts
         page_tokens, chunk = rng.choice(((4, 8), (2, 0), (4, 6)))
         geometry = PageGeometry(page_tokens=page_tokens, chunk_tokens=chunk, has_global=True)
@@ -338,7 +357,7 @@ class Pipeline:
         return Balancer(
             layout="colocated" if self.colocated else "disaggregated", moe_layers=self.moe_layers,
             num_experts=self.num_experts, num_slots=self.num_slots, replicas=self.replicas,
-            attention_tp=self.attention_tp,
+            attention_tp=self.attention_tp, expert_tp=self.expert_tp,
         )  # fmt: skip
 
     def scaler(self) -> Autoscaler:

@@ -107,8 +107,9 @@ class SimRank:
         self.epoch: Epoch | None = None
         self.prepared: Epoch | None = None
         self.over = 0
+        self.preparing = 0  # the number of the epoch whose group is formed now
         self.fake: FakeRank | None = None
-        self.taken_step = 0
+        self.taken_step = self.answered_step = self.sequence = 0
         self.term = -1
         self.answer: Callable[[FromRank], None] = lambda message: None
         self._tasks: deque[Load | Prepare] = deque()
@@ -164,6 +165,7 @@ class SimRank:
             case Leave(epoch=epoch):
                 self._end_epoch(epoch)
             case Load() | Prepare():
+                self._supersede(message.epoch if isinstance(message, Load) else message.epoch.epoch)
                 self._tasks.append(message)
                 self._next_task()
             case Join() | StepPlan():
@@ -172,8 +174,14 @@ class SimRank:
 
     def _end_epoch(self, epoch: int) -> None:
         self.over = max(self.over, epoch)
+        self._supersede(self.preparing + 1)
         if self.epoch is not None and self.epoch.epoch <= epoch:
             self.cluster.abandon(self)
+
+    def _supersede(self, epoch: int) -> None:
+        """Who waits for peers of an epoch before that one waits no longer."""
+        if self.preparing < epoch:
+            self.cluster.world.after(0.002, lambda preparing=self.preparing: self.cluster.stop_waiting(self, preparing))
 
     # --- beside the steps ---
 
@@ -208,6 +216,7 @@ class SimRank:
         if self.spec is not None:
             assert self.spec.roles == message.spec.roles, "a rank never changes its roles"
             assert self.spec.shard == message.spec.shard, "a rank never changes its shard"
+            assert self.spec.expert_shard == message.spec.expert_shard, "a rank never changes its slice"
         missing = self._missing(message.spec)
         for layer, slot in missing:
             used = in_use.get(layer, ())
@@ -234,7 +243,9 @@ class SimRank:
             layer: tuple(
                 SlotProof(checksum=0, probe=0.0)
                 if expert == EMPTY_SLOT
-                else SlotProof(checksum=hash((layer, expert, (layer, slot) in self.corrupt)), probe=1.0)
+                else SlotProof(
+                    checksum=hash((layer, expert, self.spec.expert_shard, (layer, slot) in self.corrupt)), probe=1.0
+                )
                 for slot, expert in enumerate(experts)
             )
             for layer, experts in self.spec.slots.items()
@@ -254,18 +265,29 @@ class SimRank:
         return RankPages(pages.global_pages + of - 1 - index, pages.chunked_pages + of - 1 - index)
 
     def _prepare(self, message: Prepare) -> None:
-        self._in_task = False
+        """Meets the others, who are told by whoever cannot come. That somebody has died tells nobody anything."""
         epoch = message.epoch
         others = [spec.rank for spec in epoch.ranks if spec.rank != self.rank]
         deaf = tuple(other for other in others if not self.cluster.reaches(self.rank, other))
-        if self._own(epoch) != self.spec:
-            self.answer(Failed(rank=self.rank, epoch=epoch.epoch, problem="does not hold that"))
-        elif deaf:
-            self.answer(Failed(rank=self.rank, epoch=epoch.epoch, problem=f"cannot reach {deaf}", suspects=deaf))
-        else:
-            self.prepared = epoch
-            self.answer(Prepared(rank=self.rank, epoch=epoch.epoch))
-        self._next_task()
+
+        def done(problem: str = "") -> None:
+            self._in_task = False
+            if problem:
+                self.answer(Failed(rank=self.rank, epoch=epoch.epoch, problem=problem, suspects=deaf))
+            else:
+                self.prepared = epoch
+                self.answer(Prepared(rank=self.rank, epoch=epoch.epoch))
+            self._next_task()
+
+        if deaf or self._own(epoch) != self.spec:
+            self.cluster.refuse(epoch.epoch)
+            done(f"cannot reach {deaf}" if deaf else "does not hold that")
+            return
+        self.preparing = epoch.epoch
+        self.cluster.meet(
+            self, ("prepare", epoch.epoch), epoch, 0.01, JOIN_TIMEOUT_S,
+            lambda well: done("" if well else "the group did not form"),
+        )  # fmt: skip
 
     def _own(self, epoch: Epoch) -> RankSpec:
         return epoch.ranks[epoch.position(self.rank)]
@@ -298,20 +320,27 @@ class SimRank:
             self._done(Failed(rank=self.rank, epoch=message.epoch, problem="not prepared"))
             return
 
-        def joined(well: bool) -> None:
-            if not well:
-                self._done(Failed(rank=self.rank, epoch=epoch.epoch, problem="the group did not form"))
-                return
+        def joined() -> None:
             self.epoch = epoch
+            self.sequence = 0
             if message.fresh:
-                self.taken_step = 0
+                self.taken_step = self.answered_step = 0
                 self.fake = FakeRank(self._pages(), self.cluster.geometry, self.cluster.max_num_seqs)
             self._done(Joined(rank=self.rank, epoch=epoch.epoch))
 
         self.cluster.check_units(epoch, self.rank, message.fresh)
-        self.cluster.meet(self, ("join", epoch.epoch), epoch, 0.01, JOIN_TIMEOUT_S, joined)
+        self.prepared = None
+        self.cluster.world.after(0.005 * self.slowness, lambda: self.do(joined))
 
     def _step(self, plan: StepPlan, epoch: Epoch) -> None:
+        self.sequence += 1
+        if plan.sequence != self.sequence:
+            self.leave()
+            self._done(Failed(rank=self.rank, epoch=epoch.epoch, problem="plans were lost"))
+            return
+        if plan.rank_plan is not None and plan.step <= self.answered_step:
+            self.cluster.kill(self.rank)  # tokens that nobody heard: it ends
+            return
         if plan.rank_plan is not None and plan.step > self.taken_step:
             assert self.fake is not None
             self.fake.take_in(plan.rank_plan)
@@ -344,6 +373,7 @@ class SimRank:
         tokens = self.fake.run(plan.rank_plan)
         if not self.spec.leads:
             return None
+        self.answered_step = plan.step
         return StepResult(
             rank=self.rank, epoch=plan.epoch, step=plan.step, tokens=tokens, elapsed_us=3000,
             expert_tokens=self.cluster.some_expert_tokens(sum(work.num_tokens for work in plan.rank_plan.work)),
@@ -374,6 +404,7 @@ class Cluster:
         self.starting: set[int] = set()
         self.skew = [1.0] * num_experts
         self._meetings: dict[Any, Meeting] = {}
+        self._refused: set[int] = set()  # epochs
         self._told: dict[tuple[int, int], dict[int, bool]] = {}  # by epoch and unit: which member joins fresh
         self.on_up: Callable[[int], None] = lambda rank: None
         self.on_end: Callable[[int], None] = lambda rank: None
@@ -400,7 +431,7 @@ class Cluster:
         if process.epoch is not None:
             self.left(process, process.epoch)
         for key, meeting in list(self._meetings.items()):
-            if rank in meeting.members:
+            if rank in meeting.members and key[0] == "step":
                 self.world.after(NOTICE_S, lambda key=key: self._break(key))  # type: ignore[misc]
         self.world.after(0.05, lambda: self.on_end(rank))
 
@@ -415,13 +446,23 @@ class Cluster:
         meeting = self._meetings.setdefault(key, Meeting(numbers))
         meeting.arrived[process.rank] = then
         process._waits_in = meeting
-        if key[0] == "step" and any(self._has_left(rank, epoch) for rank in numbers):
+        if key[1] in self._refused or (key[0] == "step" and any(self._has_left(rank, epoch) for rank in numbers)):
             self.world.after(NOTICE_S, lambda: self._break(key))
         timeout_s *= self.world.rng.uniform(1.0, 1.1)
         self.world.after(timeout_s, lambda: self._leave_meeting(process, key, meeting))
         if len(meeting.arrived) == len(numbers) and not self._is_cut(numbers):
             slowest = max(self.ranks[rank].slowness for rank in numbers if rank in self.ranks)
             self.world.after(takes_s * slowest * self.world.rng.uniform(0.5, 2.0), lambda: self._end(key, meeting))
+
+    def refuse(self, epoch: int) -> None:
+        """One of those who were to meet does not come."""
+        self._refused.add(epoch)
+        self.world.after(NOTICE_S, lambda: self._break(("prepare", epoch)))
+
+    def stop_waiting(self, process: SimRank, epoch: int) -> None:
+        meeting = self._meetings.get(("prepare", epoch))
+        if meeting is not None:
+            self._leave_meeting(process, ("prepare", epoch), meeting)
 
     def _is_cut(self, numbers: Sequence[int]) -> bool:
         return any(pair <= set(numbers) for pair in self.faults.cut)
@@ -494,16 +535,18 @@ class Cluster:
         """Every expert that the epoch's routing table names is really there, and sound."""
         assert epoch is not None
         for layer in self.moe_layers:
-            holders: dict[int, set[bool]] = {}  # of each expert, whether its weights are broken
+            holders: dict[tuple[int, int], set[bool]] = {}  # of each slice of an expert, whether its weights are broken
+            num_slices = epoch.ranks[-1].expert_shard[1]
             for spec in epoch.ranks:
                 for slot, expert in enumerate(spec.slots.get(layer, ())):
                     if expert != EMPTY_SLOT:
                         process = self.ranks.get(spec.rank)
-                        kinds = holders.setdefault(expert, set())
+                        kinds = holders.setdefault((expert, spec.expert_shard[0]), set())
                         if process is not None:
                             kinds.add((layer, slot) in process.corrupt)
                             assert process._filled_with(layer, slot) == expert, "a slot without its weights serves"
-            assert sorted(holders) == list(range(self.num_experts)), "an expert has no holder"
+            slices = [(expert, i) for expert in range(self.num_experts) for i in range(num_slices)]
+            assert sorted(holders) == slices, "an expert has no holder"
             assert all(len(kinds) <= 1 for kinds in holders.values()), "replicas that differ serve"
 
     def some_expert_tokens(self, num_tokens: int) -> dict[int, tuple[int, ...]]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import pytest
+from msgspec import structs
 
 from actors.router.actions import Action, BeginServing, Connect, Kill, Start, Suspend, Tell
 from actors.router.epochs import EpochMachine
@@ -284,7 +285,7 @@ def test_a_broken_checkpoint_at_first_start_is_the_end() -> None:
     for rank in (0, 1):
         road.play(road.machine.up(rank, endpoints(rank), 100.0))
     number = road.messages(Load)[0][1].epoch  # type: ignore[attr-defined]
-    road.machine.on_progress(Progress(rank=1, done_bytes=1, total_bytes=2_000_000_000))
+    road.machine.on_progress(Progress(rank=1, done_bytes=1, total_bytes=2_000_000_000), 100.0)
     assert "2.00 GB" in road.machine.detail()
     assert road.machine.on_failed(Failed(rank=1, epoch=number, problem="no such file", fatal=True), 100.0) == []
     assert road.machine.broken and road.machine.tick(10_000.0) == []
@@ -334,6 +335,16 @@ def test_a_unit_that_loses_a_member_begins_afresh(lost: int) -> None:
     assert begin.kept == frozenset()
     assert [message.fresh for _, message in road.messages(Join)] == [True, True]  # type: ignore[attr-defined]
     assert begin.epoch.leaders() == ((0,) if lost else (2,))
+
+
+def test_who_loads_a_slice_is_sent_to_those_that_hold_the_same_one() -> None:
+    first, second = (structs.replace(spec, expert_shard=(i, 2)) for i, spec in enumerate((B, C)))
+    road = Road(A, first, second).up()
+    twin = structs.replace(second, rank=3)
+    road.play(road.machine.want(Proposal(ranks=(A, first, second, twin), why="a twin"), 101.0))
+    (source,) = dict(road.messages(Load))[3].sources  # type: ignore[attr-defined]
+    assert source.endpoint == endpoints(second.rank).weights
+    assert road.machine.serving and not road.machine.changing
 
 
 def test_a_unit_begins_afresh_where_nobody_knows_which_steps_its_members_have_finished() -> None:

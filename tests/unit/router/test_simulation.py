@@ -27,7 +27,7 @@ def faults_of(p: Pipeline) -> list[tuple[float, Callable[[Pipeline], None]]]:
     kinds = (
         kill_a_rank, kill_a_rank, kill_two_ranks, stop_a_rank, stop_and_continue, slow_a_rank, slow_a_rank_for_good,
         cut_a_rank, kill_router, kill_ingress, lose_connection, scale_experts, scale_attention, skew_the_load,
-        fail_loads, corrupt_loads, fail_starts, fail_steps,
+        fail_loads, corrupt_loads, fail_starts, fail_steps, reset_a_connection, reset_a_connection,
     )  # fmt: skip
     return [(p.rng.uniform(0.0, FAULTS_S), p.rng.choice(kinds)) for _ in range(p.rng.randint(0, 7))]
 
@@ -84,6 +84,13 @@ def cut_a_rank(p: Pipeline) -> None:
     cut = {frozenset((rank, other)) for other in p.rng.sample(others, p.rng.randint(1, len(others)))}
     p.cluster.faults.cut |= cut
     p.world.after(p.rng.uniform(0.5, 15.0), lambda: p.cluster.faults.cut.difference_update(cut))
+
+
+def reset_a_connection(p: Pipeline) -> None:
+    """Of the router with a rank: messages under way are lost, and nobody has died."""
+    rank = some_rank(p)
+    if rank is not None and p.router is not None:
+        p.router.reset(rank, p.rng.randint(0, 1), p.rng.randint(0, 2), p.rng.randint(0, 2))
 
 
 def kill_router(p: Pipeline) -> None:

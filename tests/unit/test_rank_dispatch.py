@@ -1,0 +1,107 @@
+"""Which dispatch a rank takes in an epoch, and whether the graphs that it captured still hold. (Without peers.)"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from actors.checkpoint.shapes import SHAPES, shape_config
+from actors.config import PipelineConfig
+from actors.dispatch.collective import CollectiveDispatch
+from actors.dispatch.local import LocalDispatch
+from actors.dispatch.replicated import ReplicatedDispatch
+from actors.rank import Rank, _Held
+from actors.types import Epoch, RankSpec
+
+MODEL = shape_config(SHAPES["tiny"])
+EVERY = dict.fromkeys(MODEL.moe_layers, tuple(range(MODEL.num_experts)))
+HALF = dict.fromkeys(MODEL.moe_layers, tuple(range(MODEL.num_experts // 2)))
+OTHER = dict.fromkeys(MODEL.moe_layers, tuple(range(MODEL.num_experts // 2, MODEL.num_experts)))
+
+
+class Group:
+    """A process group that nobody else is in."""
+
+    rank, world, preposts = 0, 2, False
+
+    def join(self, *_: Any) -> None: ...
+
+    def connect(self) -> None: ...
+
+    def leave(self) -> None: ...
+
+
+class Workers:
+    """Stands for experts, attention and the unit; remembers whether graphs were to be kept."""
+
+    has_moved = False
+
+    def __init__(self, size: int) -> None:
+        self.size, self.is_void = size, False
+        self.kept: list[bool] = []
+
+    def free_replaced(self) -> None: ...
+
+    def start_epoch(self, dispatch: object, fresh: bool, keeps_graphs: bool, brings_tokens: list[bool]) -> None:
+        self.kept.append(keeps_graphs)
+
+    def join(self, group: object, positions: object, fresh: bool) -> bool:
+        return fresh or self.is_void
+
+
+def make_rank(spec: RankSpec) -> tuple[Rank, Workers]:
+    rank, workers = Rank(spec.rank, torch.device("cpu"), "127.0.0.1"), Workers(spec.shard[1])
+    rank._group = Group()  # type: ignore[assignment]
+    stand_in: Any = workers
+    rank._held = _Held(spec, PipelineConfig(model=str(Path("m"))), MODEL, stand_in, stand_in, None, stand_in)
+    return rank, workers
+
+
+def join(rank: Rank, number: int, fresh: bool, *specs: RankSpec) -> object:
+    held = rank._held
+    assert held is not None
+    held.spec = specs[0]
+    group: Any = Group()
+    rank._prepared = rank._form(Epoch(epoch=number, ranks=specs), group, False)
+    rank.join(number, fresh)
+    return rank._dispatch
+
+
+def member(index: int, slots: dict[int, tuple[int, ...]], num_slices: int) -> RankSpec:
+    shard = (index, 2)
+    return RankSpec(
+        rank=index, roles=("attention", "expert"), slots=slots, shard=shard, leader=0 if index else -1,
+        expert_shard=shard if num_slices == 2 else (0, 1),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("num_slices", [1, 2])
+def test_a_unit_keeps_its_graphs_until_it_loses_a_member(num_slices: int) -> None:
+    """Experts that are whole move between the members; of slices each has all, and asks nobody."""
+    members = [member(i, EVERY if num_slices == 2 else (HALF, OTHER)[i], num_slices) for i in range(2)]
+    rank, workers = make_rank(members[0])
+    first = join(rank, 1, True, *members)
+    assert isinstance(first, LocalDispatch if num_slices == 2 else ReplicatedDispatch)
+    assert join(rank, 2, False, *members) is first
+    rank._device = torch.device("cuda")
+    assert rank.runs_ahead
+    rank._device = torch.device("cpu")
+    join(rank, 3, True, *members)
+    workers.is_void = True
+    join(rank, 4, False, *members)
+    assert workers.kept == [False, True, False, False]
+
+
+def test_graphs_of_a_rank_alone_do_not_outlive_an_epoch_with_peers() -> None:
+    """They were given up as it joined the others: what reached its own experts alone is captured anew."""
+    both: tuple[Any, Any] = ("attention", "expert")
+    alone = RankSpec(rank=0, roles=both, slots=EVERY)
+    peer = RankSpec(rank=1, roles=both, slots=EVERY)
+    rank, workers = make_rank(alone)
+    first = join(rank, 1, False, alone)
+    assert join(rank, 2, False, alone) is first and isinstance(first, LocalDispatch)
+    assert isinstance(join(rank, 3, False, alone, peer), CollectiveDispatch)
+    assert join(rank, 4, False, alone) is first
+    assert join(rank, 5, False, alone) is first
+    assert workers.kept == [False, True, False, False, True]
