@@ -33,13 +33,15 @@ class Engine:
         machines: Machines | None = None,
         devices: Sequence[str] = (),
         scaling: dict[str, Any] | None = None,
+        logs: Path | None = None,
         **keys: Any,
     ) -> None:
+        """`keys` are the pipeline's. `logs`: where ranks' logs go (see LocalFleet)."""
         config = PipelineConfig.parse({"model": str(directory), **keys})
         model = read_model_config(directory)
         plan = resolve(config, model, machines or local_cpu())
         self.pipeline = plan.pipeline
-        self.fleet = LocalFleet(devices or ["cpu"] * len(plan.ranks), plan.pipeline.threads_per_rank)
+        self.fleet = LocalFleet(devices or ["cpu"] * len(plan.ranks), plan.pipeline.threads_per_rank, logs=logs)
         self._store = RendezvousStore("127.0.0.1")
         self._store.start()
         self.membership = plan_membership(plan, ScalingConfig.parse(scaling or {}))

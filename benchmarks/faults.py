@@ -1,7 +1,7 @@
 """What clients see when processes of a pipeline die or hang: streams over gRPC while one fault after another strikes.
 
 python -m benchmarks.faults               # the table of faults, about five minutes; writes results/faults.md and .json
-python -m benchmarks.faults --soak 600    # beside it, random faults every 3 s for 600 s
+python -m benchmarks.faults --soak 600    # beside it, a random fault or scaling every 3 s for 600 s
 
 Every answer is compared with a run without faults, token for token.
 """
@@ -33,6 +33,8 @@ VOCAB = 250
 NUM_ITEMS = 64
 QUIET_S = 8.0  # of load before a fault, for the usual gaps, and after the pipeline is whole again
 WHOLE_TIMEOUT_S = 90.0
+EVERY_S = 3.0  # of a soak
+SCALINGS = 0.25  # of what happens in it
 FLAGS = ["--layout", "disaggregated", "--attention-ranks", "2", "--expert-ranks", "3", "--threads-per-rank", "1"]
 EXPERT, ATTENTION, ROUTER = "ray::ExpertActor", "ray::AttentionActor", "ray::ServeReplica:corral:Router"
 
@@ -262,8 +264,22 @@ def measure(model: str, film: Film) -> dict[str, Any]:
     return results
 
 
+def strike_at_random(served: Served, rng: random.Random) -> str:
+    """One fault or scaling of many, by name; empty if there was nobody to strike."""
+    if rng.random() < SCALINGS:
+        experts, attention = rng.randint(3, 4), rng.randint(1, 3)
+        served.scale(min_experts=experts, max_experts=experts, min_attention=attention, max_attention=attention)
+        return f"to {experts} expert and {attention} attention ranks"
+    title = rng.choices((EXPERT, ATTENTION, ROUTER), (6, 3, 1))[0]
+    how = rng.choice((signal.SIGKILL, signal.SIGSTOP)) if title != ROUTER else signal.SIGKILL
+    if not served.pids(title):
+        return ""
+    served.hurt(title, how)
+    return f"{title.rpartition(':')[2]} {how.name}"
+
+
 def soak(model: str, seconds: float, seed: int, film: Film) -> dict[str, Any]:
-    """A random fault every 3 s."""
+    """A random fault or scaling every 3 s."""
     rng, items = random.Random(seed), workload()
     judge = Judge(model, items)
     struck: dict[str, int] = {}
@@ -274,18 +290,16 @@ def soak(model: str, seconds: float, seed: int, film: Film) -> dict[str, Any]:
         load.start()
         ends_s = time.monotonic() + seconds
         while time.monotonic() < ends_s:
-            time.sleep(3.0)
-            title = rng.choices((EXPERT, ATTENTION, ROUTER), (6, 3, 1))[0]
-            how = rng.choice((signal.SIGKILL, signal.SIGSTOP)) if title != ROUTER else signal.SIGKILL
-            if served.pids(title):
-                served.hurt(title, how)
-                name = f"{title.rpartition(':')[2]} {how.name}"
+            next_s = time.monotonic() + EVERY_S
+            if name := strike_at_random(served, rng):
                 struck[name] = struck.get(name, 0) + 1
                 marks.append((time.monotonic(), ""))
+            time.sleep(max(0.0, next_s - time.monotonic()))
+        served.scale()
         wait_whole(served, {EXPERT: 3, ATTENTION: 2, ROUTER: 1}, time.monotonic())
         answers = load.stop()
     film.add(answers, marks)
-    return {**judge.counts(answers), "seconds": seconds, "faults": struck}
+    return {**judge.counts(answers), "seconds": seconds, "faults_and_scalings": struck}
 
 
 TARGETS = {

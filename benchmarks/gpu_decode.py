@@ -18,6 +18,7 @@ from pathlib import Path
 from actors.checkpoint.config import read_model_config
 from actors.checkpoint.make_model import write_description
 from actors.checkpoint.shapes import named_shape
+from actors.dispatch.micro_batches import MOST_WHOLE_ROWS
 from benchmarks import report
 from benchmarks.engine import Engine, Trace
 from benchmarks.workload import Item
@@ -94,7 +95,7 @@ def measure(args: argparse.Namespace, model: Path, batches: list[int], peer: dic
         plan = engine.pipeline
         split = Split(
             layout=plan.layout, attention_ranks=plan.attention_ranks, expert_ranks=plan.expert_ranks,
-            attention_tp=plan.attention_tp,
+            attention_tp=plan.attention_tp, expert_tp=plan.expert_tp,
         )  # fmt: skip
         context_tokens = args.prompt_tokens + args.output_tokens // 2
         rows, values = [], {}
@@ -104,7 +105,9 @@ def measure(args: argparse.Namespace, model: Path, batches: list[int], peer: dic
             if problems:
                 raise RuntimeError(problems[0])
             tpot_ms = time_per_token_ms(traces)
-            floor_ms = 1e3 * step_floor_s(footprint, machines, split, decode(batch, context_tokens))
+            is_divided = plan.divides_steps and -(-batch // plan.attention_ranks) > MOST_WHOLE_ROWS
+            of_step = replace(split, micro_batches=2 if is_divided else 1)
+            floor_ms = 1e3 * step_floor_s(footprint, machines, of_step, decode(batch, context_tokens))
             rate = batch / tpot_ms * 1e3
             peer_ms = peer.get(str(batch))
             first_ms = 1e3 * statistics.median(trace.ttft_s for trace in traces)

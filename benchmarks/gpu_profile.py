@@ -1,7 +1,8 @@
-"""Where a decode step's microseconds go: kernels of one captured step, by torch's profiler, without a router.
+"""Where a step's microseconds go: kernels of one step, by torch's profiler, without a router.
 
-`--gpus` above 1: as many ranks of one attention unit. The first is looked into; what it waits for the others is
-in the kernels that sum.
+Decode steps are captured; with `--prefill TOKENS` steps of so many tokens are looked into instead, all of prompts of
+`--context-tokens` each. `--gpus` above 1: as many ranks of one attention unit. The first is looked into; what it waits
+for the others is in the kernels that sum.
 
     python -m benchmarks.gpu_profile --shape scout-fp8 --layers 4 --batches 1,32
 """
@@ -22,8 +23,11 @@ import torch
 from actors.attention.local_model import LocalModel
 from actors.attention.worker import AttentionWorker
 from actors.checkpoint.config import read_model_config
+from actors.checkpoint.shard import Shard
 from actors.config import PipelineConfig
+from actors.dispatch.contract import Dispatch, build_routing_table
 from actors.dispatch.group import EpochGroup, RendezvousStore
+from actors.dispatch.local import LocalDispatch
 from actors.dispatch.replicated import ReplicatedDispatch
 from actors.dispatch.rows import TokenShape
 from actors.dispatch.tensor_parallel import make_tensor_parallel
@@ -52,10 +56,14 @@ class UnitMember:
             hidden=config.hidden_size, experts_per_token=config.experts_per_token,
             dtype=compute_dtype(config, pipeline), device=device,
         )  # fmt: skip
-        split = Split(layout="colocated", attention_ranks=size, expert_ranks=size, attention_tp=size)
-        slots = {spec.rank: spec.slots for spec in rank_specs(split, config, expert_slots=pipeline.expert_slots)}
-        tp = make_tensor_parallel((index, size), shape)
-        experts = ExpertWorker.load(config, pipeline, slots[index], device)
+        split = Split(
+            layout="colocated", attention_ranks=size, expert_ranks=size, attention_tp=size, expert_tp=pipeline.expert_tp
+        )
+        specs = rank_specs(split, config, expert_slots=pipeline.expert_slots)
+        slots = {spec.rank: spec.slots for spec in specs}
+        tp = make_tensor_parallel((index, size), shape, pipeline.max_num_batched_tokens)
+        part, of = specs[index].expert_shard
+        experts = ExpertWorker.load(config, pipeline, slots[index], device, shard=Shard(index=part, of=of))
         self.attention = AttentionWorker.load(config, pipeline, device, tp=tp)
         self.pools = self.attention.allocate_cache()
         self.attention.rehearse(experts, {layer: len(of_layer) for layer, of_layer in slots[index].items()})
@@ -63,7 +71,12 @@ class UnitMember:
         self._group.prepare(store)
         self._group.join(1, index, size, JOIN_TIMEOUT_S, GROUP_TIMEOUT_S)
         tp.join(self._group, range(size), True)
-        self._dispatch = ReplicatedDispatch(experts, slots, config.moe_layers, config.num_experts, index, device)
+        self._dispatch: Dispatch
+        if of > 1:
+            table = build_routing_table({0: slots[index]}, config.moe_layers, config.num_experts, device)
+            self._dispatch = LocalDispatch(experts, table)
+        else:
+            self._dispatch = ReplicatedDispatch(experts, slots, config.moe_layers, config.num_experts, index, device)
         self.attention.start_epoch(self._dispatch)
         self.attention.capture()
 
@@ -112,43 +125,107 @@ class Decoding:
         return self._model.attention.launch(plan)
 
 
+class Prefilling:
+    """Steps of `num_tokens`, all of prompts that begin and end in the step: the same pages every time."""
+
+    def __init__(self, model: LocalModel | UnitMember, num_tokens: int, prompt_tokens: int) -> None:
+        self._model = model
+        rng, lengths = random.Random(num_tokens), [prompt_tokens] * (num_tokens // prompt_tokens)
+        if num_tokens % prompt_tokens:
+            lengths.append(num_tokens % prompt_tokens)
+        self._prompts = [tuple(rng.choices(range(model.config.vocab_size), k=length)) for length in lengths]
+        self._released: tuple[int, ...] = ()
+        model.start_epoch()
+
+    def launch(self) -> object:
+        """One step, not waited for."""
+        size, next_page = self._model.pools.page_tokens, 0
+        admitted, work = [], []
+        for idx, ids in enumerate(self._prompts):
+            length = len(ids)
+            pages = tuple(range(next_page, next_page + -(-length // size)))
+            next_page += len(pages)
+            admitted.append(Admission(request_idx=idx, prompt_ids=ids, output_ids=(), sampling=GREEDY))
+            work.append(
+                Work(request_idx=idx, start=0, num_tokens=length, samples=True, global_pages=pages, chunked_pages=pages)
+            )
+        plan = RankPlan(released=self._released, admitted=tuple(admitted), work=tuple(work))
+        self._released = tuple(range(len(admitted)))
+        self._model.attention.take_in(plan)
+        return self._model.attention.launch(plan)
+
+
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Of one step: its milliseconds, launches and microseconds by kernel. `waits`: calls that make the host wait, by
-    name, in all profiled steps together.
+    """Of one step: its milliseconds, those that the host takes to launch it, its launches and microseconds by kernel.
+    `waits`: calls that make the host wait, by name, in all profiled steps together. `idle_ms`: while no kernel ran.
     """
 
     step_ms: float
+    host_ms: float
     kernels: dict[str, tuple[int, float]]
     waits: dict[str, int]
+    idle_ms: float
+    num_launches: int
 
 
-def profile(decoding: Decoding, num_steps: int) -> Profile:
+def profile(steps: Decoding | Prefilling, num_steps: int) -> Profile:
     """Times `num_steps` steps, then looks into PROFILED_STEPS."""
     for _ in range(3):
-        decoding.launch()
+        steps.launch()
     torch.cuda.synchronize()
+    host_ms = min(_launch_ms(steps) for _ in range(3))
     began_s = time.perf_counter()
     for _ in range(num_steps):
-        decoding.launch()
+        steps.launch()
     torch.cuda.synchronize()
     step_ms = (time.perf_counter() - began_s) / num_steps * 1e3
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(PROFILED_STEPS):
-            decoding.launch()
+            steps.launch()
         torch.cuda.synchronize()
+    num_launches = 0
     waits: dict[str, int] = defaultdict(int)
     totals: dict[str, tuple[int, float]] = defaultdict(lambda: (0, 0.0))
+    ran_us: list[tuple[float, float]] = []
     for event in profiler.events():
         if event.device_type == torch.profiler.DeviceType.CUDA:
             count, us = totals[event.name]
             totals[event.name] = (count + 1, us + event.device_time)
+            ran_us.append((event.time_range.start, event.time_range.end))
+        elif "Launch" in event.name:
+            num_launches += 1
         elif "Synchronize" in event.name or event.name == "cudaMemcpy":
             waits[event.name] += 1
     waits["cudaDeviceSynchronize"] -= 1  # our own, after the last step
     kernels = {name: (count // PROFILED_STEPS, us / PROFILED_STEPS) for name, (count, us) in totals.items()}
-    return Profile(step_ms, kernels, {name: count for name, count in waits.items() if count})
+    return Profile(
+        step_ms,
+        host_ms,
+        kernels,
+        {name: count for name, count in waits.items() if count},
+        _idle_us(ran_us) / PROFILED_STEPS / 1e3,
+        num_launches // PROFILED_STEPS,
+    )
+
+
+def _launch_ms(steps: Decoding | Prefilling) -> float:
+    """Of the host, while the device has nothing else queued."""
+    began_s = time.perf_counter()
+    steps.launch()
+    launched_s = time.perf_counter()
+    torch.cuda.synchronize()
+    return (launched_s - began_s) * 1e3
+
+
+def _idle_us(ran_us: list[tuple[float, float]]) -> float:
+    """Of the time from the first beginning to the last end: what is in none of the spans."""
+    idle_us, reached_us = 0.0, min(ran_us)[0]
+    for begin_us, end_us in sorted(ran_us):
+        idle_us += max(0.0, begin_us - reached_us)
+        reached_us = max(reached_us, end_us)
+    return idle_us
 
 
 def main() -> None:
@@ -157,6 +234,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--batches", default="1,32")
+    parser.add_argument("--prefill", default="", help="instead of batches: tokens of steps of prompts, as 8192,16384")
     parser.add_argument("--context-tokens", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--kernels", type=int, default=24, help="lines of the table")
@@ -167,6 +245,7 @@ def main() -> None:
         keys = {
             "model": str(path), "load": "dummy", "routing": "uniform", "max_num_seqs": max(_batches(args)),
             "max_model_len": 4096, "kv_cache_bytes": 8 << 30,
+            "max_num_batched_tokens": max(_prefills(args), default=2048),
         } | json.loads(args.pipeline)  # fmt: skip
         if args.gpus == 1:
             look(args, keys, 0, "")
@@ -176,6 +255,10 @@ def main() -> None:
 
 def _batches(args: argparse.Namespace) -> list[int]:
     return [int(b) for b in args.batches.split(",")]
+
+
+def _prefills(args: argparse.Namespace) -> list[int]:
+    return [int(tokens) for tokens in args.prefill.split(",") if tokens]
 
 
 def _look_at_unit(args: argparse.Namespace, keys: dict[str, Any]) -> None:
@@ -202,15 +285,20 @@ def look(args: argparse.Namespace, keys: dict[str, Any], index: int, store: str)
         model = UnitMember(pipeline, index, args.gpus, store)
     if index == 0:
         print(f"{args.shape}, {args.layers} layers: ready after {time.perf_counter() - began_s:.1f} s", flush=True)
-    for batch in _batches(args):
+    for num_tokens in _prefills(args):
+        seen = profile(Prefilling(model, num_tokens, args.context_tokens), args.steps)
+        if index == 0:
+            _show(seen, f"{num_tokens} tokens of prompts", args.kernels)
+    for batch in _batches(args) if not args.prefill else []:
         seen = profile(Decoding(model, batch, args.context_tokens), args.steps)
         if index == 0:
-            _show(seen, batch, args.kernels)
+            _show(seen, f"batch {batch}", args.kernels)
 
 
-def _show(seen: Profile, batch: int, num_lines: int) -> None:
+def _show(seen: Profile, what: str, num_lines: int) -> None:
     busy_us = sum(us for _, us in seen.kernels.values())
-    print(f"\nbatch {batch}: {seen.step_ms:.3f} ms a step, kernels {busy_us / 1e3:.3f} ms")
+    print(f"\n{what}: {seen.step_ms:.3f} ms a step, kernels {busy_us / 1e3:.3f} ms")
+    print(f"{seen.num_launches} launches take the host {seen.host_ms:.3f} ms; no kernel ran for {seen.idle_ms:.3f} ms")
     print(f"calls that make the host wait, in {PROFILED_STEPS} steps: {seen.waits or 'none'}")
     for name, (count, us) in sorted(seen.kernels.items(), key=lambda item: -item[1][1])[:num_lines]:
         print(f"{us:9.1f} us {count:5d} x  {name[:110]}", flush=True)

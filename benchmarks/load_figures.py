@@ -6,7 +6,7 @@ request when it was whole. So requests that reach over the window's ends weigh n
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -67,6 +67,7 @@ class Figures:
     tokens_per_message: float | None
     num_cold: int  # streams whose first answer, which the warm-up is for, was not over when the window began
     busiest_client: float = 0.0  # share of a core that the busiest client process took
+    cores: dict[str, float] = field(default_factory=dict)  # that each part of the service took, warm-up included
 
 
 def figures(path: str, level: Level, answers: Sequence[Answer], busiest_client: float = 0.0) -> Figures:

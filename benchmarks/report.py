@@ -64,6 +64,13 @@ def write(name: str, markdown: str, values: dict[str, Any] | None = None) -> Non
         (RESULTS / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
+def add(name: str, values: dict[str, Any]) -> None:
+    """Puts `values` among those of results/NAME.json, which is made if need be."""
+    path = RESULTS / f"{name}.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(known | values, indent=2) + "\n")
+
+
 def picture(name: str, svg: str) -> None:
     """Writes results/NAME.svg."""
     (RESULTS / f"{name}.svg").write_text(svg)

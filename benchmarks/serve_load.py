@@ -6,13 +6,15 @@ the bare engine of the same configuration.
     python -m benchmarks.serve_load --grpc 10.0.0.1:9000 --http http://10.0.0.1:8000    # a service that runs already
 
 Requests are greedy, with random prompts, and run to their full length. Service and engine never run at the same time.
+What was measured is reported even where the run is broken off.
 """
 
 import argparse
 import asyncio
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +30,10 @@ from benchmarks.served import Served
 from benchmarks.workload import EndlessItems
 from protos import inference_pb2, inference_pb2_grpc
 
+CpuSeconds = Callable[[], Counter[str]]  # of each part of a service, since it began
+RATIO_STREAMS = 128  # the level at which the share of the engine's rate is kept with --add-ratio-to
 BUSY_CLIENT = 0.8  # with more of a core, it may be a client process that is measured
+PARTS = ("ingress", "router", "ranks", "HAProxy", "proxy", "Serve, Ray")
 COLORS = {ENGINE: "#444", GRPC: "#b5522b", HTTP: "#3a6ea5"}
 HEADER = ("streams", "path", "tokens/s", "of engine", "requests/s", "TTFT p50 ms", "TTFT p99 ms", "inter-token p50 ms",
           "inter-token p99 ms", "tokens per message", "requests", "failed")  # fmt: skip
@@ -46,20 +51,35 @@ the same client processes speak to its router.
 def main() -> None:
     args = arguments()
     found: list[Figures] = []
-    with ClientProcesses(args.clients) as clients:
-        with service(args) as targets:
-            args.vocab = args.vocab or vocab_of(targets[0])
-            for target in targets:
-                first_requests(target, args)
-                found += [measure(clients, target, level) for level in levels(args)]
-        if args.engine:
-            with engine(args) as target:
-                found += [measure(clients, target, level) for level in levels(args)]
-    text = render(found, args)
+    try:
+        with ClientProcesses(args.clients) as clients:
+            measure_all(clients, args, found)
+    finally:
+        if found:
+            publish(found, args)
+
+
+def measure_all(clients: ClientProcesses, args: argparse.Namespace, found: list[Figures]) -> None:
+    """Appends each level's figures to `found` as soon as it is over."""
+    with service(args) as (targets, cpu_s):
+        args.vocab = args.vocab or vocab_of(targets[0])
+        for target in targets:
+            first_requests(target, args)
+            found += (measure(clients, target, level, cpu_s) for level in levels(args, target.path))
+    if args.engine:
+        with engine(args) as target:
+            found += (measure(clients, target, level, Counter) for level in levels(args, ENGINE))
+
+
+def publish(found: Sequence[Figures], args: argparse.Namespace) -> None:
+    """Prints the report, and writes what --write and --add-ratio-to name."""
+    text, ratio = render(found, args), grpc_ratio(found, RATIO_STREAMS)
     print(text)
     if args.write:
         report.write(args.write, text, {"levels": [dataclasses.asdict(f) for f in found], "commit": report.commit()})
         report.picture(args.write, picture(found))
+    if args.add_ratio_to and ratio is not None:
+        report.add(args.add_ratio_to, {f"grpc_ratio_{RATIO_STREAMS}": round(ratio, 3)})
 
 
 def arguments() -> argparse.Namespace:
@@ -70,22 +90,27 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--grpc", default="", metavar="HOST:PORT", help="measure a service that runs already")
     parser.add_argument("--http", default="", metavar="URL", help="likewise")
     parser.add_argument("--streams", default="1,2,4,8,16,32,64,128,256")
+    parser.add_argument("--http-streams", default="", help="over HTTP only these of --streams")
     parser.add_argument("--prompt-tokens", type=lengths, default="1024", metavar="N", help="or LOW-HIGH for a mix")
     parser.add_argument("--output-tokens", type=lengths, default="128", metavar="N", help="likewise")
     parser.add_argument("--vocab", type=int, default=0, help="prompts are of ids below this; 0: all that the model has")
     parser.add_argument(
         "--warm-up-s", default="10", help="of each level, or one number per level: more streams take longer"
     )
-    parser.add_argument("--duration-s", type=float, default=20.0, help="of each level's steady window")
+    parser.add_argument("--duration-s", default="20", help="of each level's steady window, likewise")
     parser.add_argument("--clients", type=int, default=default_num_processes(), help="client processes")
     parser.add_argument("--engine", action="store_true", help="then measure the bare engine on the same machine")
     parser.add_argument("--where", default="", help="the hardware, for the report")
     parser.add_argument("--write", default="", metavar="NAME", help="under benchmarks/results")
+    ratio_help = f"add gRPC's share of the engine's rate at {RATIO_STREAMS} streams to results/NAME.json"
+    parser.add_argument("--add-ratio-to", default="", metavar="NAME", help=ratio_help)
     args = parser.parse_args()
     if args.engine and (args.grpc or args.http):
         parser.error("--engine needs a service that is started here, so that both have one configuration")
     if args.http and not args.grpc and not args.vocab:
         parser.error("over HTTP alone --vocab is needed")
+    if args.add_ratio_to and not args.engine:
+        parser.error("--add-ratio-to needs --engine")
     return args
 
 
@@ -101,16 +126,19 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 @contextmanager
-def service(args: argparse.Namespace) -> Iterator[list[Target]]:
-    """Ways to a service: one that is started here, or the one that `args` point at."""
+def service(args: argparse.Namespace) -> Iterator[tuple[list[Target], CpuSeconds]]:
+    """Ways to a service and its processor time: of one that is started here, or of the one that `args` point at (no
+    times then).
+    """
     if args.grpc or args.http:
         named = [Target(path=GRPC, address=args.grpc)] if args.grpc else []
-        yield named + ([Target(path=HTTP, address=args.http, model=model_at(args.http))] if args.http else [])
+        named += [Target(path=HTTP, address=args.http, model=model_at(args.http))] if args.http else []
+        yield named, Counter
         return
     flags = ["--front", args.front] + [part for setting in args.set for part in ("--set", setting)]
     with Served(args.model, flags) as here:
         print(f"the service was ready after {here.ready_s:.1f} s", flush=True)
-        yield [Target(path=GRPC, address=here.grpc), Target(path=HTTP, address=here.url, model="bench")]
+        yield [Target(path=GRPC, address=here.grpc), Target(path=HTTP, address=here.url, model="bench")], here.cpu_s
 
 
 def model_at(url: str) -> str:
@@ -139,20 +167,33 @@ def first_requests(target: Target, args: argparse.Namespace) -> None:
         asyncio.run(over_http(target.address, target.model, items))
 
 
-def levels(args: argparse.Namespace) -> Iterator[Level]:
+def levels(args: argparse.Namespace, path: str) -> Iterator[Level]:
     """One after another; each begins when it is taken."""
-    streams = [int(number) for number in args.streams.split(",")]
-    warm_ups_s = [float(number) for number in args.warm_up_s.split(",")]
-    for num_streams, warm_up_s in zip(streams, warm_ups_s * (len(streams) // len(warm_ups_s)), strict=True):
-        begin_s = time.perf_counter() + warm_up_s
-        window = Window(begin_s=begin_s, end_s=begin_s + args.duration_s)
-        yield Level(num_streams=num_streams, items=items_for(num_streams, args), window=window)
+    numbers = each(args.streams)
+    wanted = each(args.http_streams) if path == HTTP and args.http_streams else numbers
+    warm_ups_s, durations_s = each(args.warm_up_s), each(args.duration_s)
+    if len(warm_ups_s) == 1:
+        warm_ups_s *= len(numbers)
+    if len(durations_s) == 1:
+        durations_s *= len(numbers)
+    for number, warm_up_s, duration_s in zip(numbers, warm_ups_s, durations_s, strict=True):
+        if number in wanted:
+            begin_s = time.perf_counter() + warm_up_s
+            window = Window(begin_s=begin_s, end_s=begin_s + duration_s)
+            yield Level(num_streams=int(number), items=items_for(int(number), args), window=window)
 
 
-def measure(clients: ClientProcesses, target: Target, level: Level) -> Figures:
+def each(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
+
+
+def measure(clients: ClientProcesses, target: Target, level: Level, cpu_s: CpuSeconds) -> Figures:
     """One level, printed as soon as it is over."""
+    before, began_s = cpu_s(), time.perf_counter()
     answers, busiest = clients.run(target, level)
-    found = figures(target.path, level, answers, busiest)
+    took_s = time.perf_counter() - began_s
+    cores = {part: (seconds - before[part]) / took_s for part, seconds in cpu_s().items()}
+    found = dataclasses.replace(figures(target.path, level, answers, busiest), cores=cores)
     print(" | ".join(row(found, {})), found.problem, flush=True)
     return found
 
@@ -184,14 +225,35 @@ def row(found: Figures, engine_rates: dict[int, float]) -> list[str]:
     return [f"**{cell}**" for cell in cells] if found.num_failures else cells
 
 
+def grpc_ratio(found: Sequence[Figures], num_streams: int) -> float | None:
+    """gRPC's share of the engine's rate at a level; None where one of them was not measured there."""
+    rates = {f.path: f.output_tokens_per_s for f in found if f.num_streams == num_streams and not f.num_failures}
+    return rates[GRPC] / rates[ENGINE] if rates.get(GRPC) and rates.get(ENGINE) else None
+
+
 def render(found: Sequence[Figures], args: argparse.Namespace) -> str:
     rates = {f.num_streams: f.output_tokens_per_s for f in found if f.path == ENGINE}
     in_order = sorted(found, key=lambda f: f.num_streams)  # paths stay in the order in which they ran
     lines = [report.preamble("The served pipeline under load", where_of(args)), workload_of(args)]
     lines += [report.table(HEADER, [row(f, rates) for f in in_order]), NOTES]
     lines += [ENGINE_NOTE] if rates else []
+    lines += processor_time(in_order)
     lines += remarks(in_order)
     return "\n".join(lines)
+
+
+def processor_time(found: Sequence[Figures]) -> Iterator[str]:
+    """Which process would be the next limit."""
+    known = [f for f in found if f.cores]
+    if not known:
+        return
+    parts = [part for part in PARTS if any(part in f.cores for f in known)]
+    yield "Cores that each part of the service took, warm-up included (all processes of a part together):\n"
+    yield report.table(
+        ("streams", "path", *parts),
+        [(f.num_streams, f.path, *(f"{f.cores.get(part, 0.0):.2f}" for part in parts)) for f in known],
+    )
+    yield ""
 
 
 def where_of(args: argparse.Namespace) -> str:
@@ -207,7 +269,7 @@ def workload_of(args: argparse.Namespace) -> str:
     prompt, output = ("-".join(map(str, sorted(set(size)))) for size in (args.prompt_tokens, args.output_tokens))
     return (
         f"Prompts of {prompt} tokens, outputs of {output}, greedy; {args.warm_up_s} s of warm-up and "
-        f"{args.duration_s:g} s of steady load at each level; client processes: {args.clients}.\n"
+        f"{args.duration_s} s of steady load at each level; client processes: {args.clients}.\n"
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from actors.attention.page_groups import GroupBuilder, GroupInputs, Piece
 from actors.attention.requests import Ids, RequestState, RequestTable
 from actors.attention.rope import inverse_frequencies, rotations, temperatures
+from actors.attention.upload import upload_array
 from actors.checkpoint.config import ModelConfig
 from actors.types import Work
 
@@ -128,7 +129,7 @@ class BatchBuilder:
         return None if rows == list(range(num_tokens)) else self._upload(np.array(rows, dtype=np.int64))
 
     def _upload(self, values: npt.NDArray[Any]) -> Tensor:
-        return torch.from_numpy(values).to(self._device, non_blocking=True)
+        return upload_array(values, self._device)
 
 
 _UNKNOWN: Ids = np.zeros(1, dtype=np.int64)  # stands for a remembered token until the device puts it in

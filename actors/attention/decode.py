@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 
 from actors.attention.kernel_attention import KernelAttention, Singles
-from actors.attention.model import AttentionModel
+from actors.attention.logits import Logits
+from actors.attention.model import AttentionModel, Stages, run_in_turn
 from actors.attention.requests import RequestTable
 from actors.attention.rope import inverse_frequencies
 from actors.checkpoint.config import ModelConfig
+from actors.dispatch.by_size import DispatchBySize
 from actors.dispatch.contract import Dispatch
+from actors.dispatch.micro_batches import MOST_WHOLE_ROWS, MicroBatches, rows_of_first
 from actors.kernels.decode_inputs import (
     CHUNKED_PAGE,
     GLOBAL_PAGE,
@@ -31,11 +34,15 @@ from actors.kernels.decode_inputs import (
     RotaryScales,
     fill_decode_rows,
 )
+from actors.laps import Laps
 from actors.types import Work
 
 log = logging.getLogger("corral.attention")
 
 Fields = np.ndarray[Any, np.dtype[np.int32]]
+
+Part = tuple[Dispatch, slice]
+"""A dispatch, and the rows of a step that go through it."""
 
 NOTHING = -1  # in the packed inputs: no seat, no token from the host, no page
 HOST_BUFFERS = 4  # a step's inputs are read from host memory after its launch: more than steps can be in flight
@@ -61,7 +68,10 @@ class DecodeSteps:
         attention: KernelAttention,
         max_rows: int,
         device: torch.device,
+        divides_steps: bool = False,
     ) -> None:
+        """`divides_steps`: a dispatch may have larger steps run as two halves in turn (`dispatch/micro_batches.py`)."""
+        self._divides_steps = divides_steps
         self._model = model
         self._attention = attention
         self._device = device
@@ -84,8 +94,8 @@ class DecodeSteps:
         self._brings_tokens: Sequence[bool] = (True,)
         self._pool: Any = None
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._rows: dict[int, DecodeRows] = {}
-        self._logits_BV = model.empty_logits(max_rows)  # of every graph: they run one after another
+        self._results: dict[int, tuple[Logits, DecodeRows]] = {}
+        self._part_BC = model.empty_logits(max_rows)  # of every graph: they run one after another
 
     def start_epoch(self, dispatch: Dispatch, last_tokens_S: Tensor, brings_tokens: Sequence[bool] = (True,)) -> None:
         """Steps go through `dispatch` from now on; tokens come from `last_tokens_S`. `brings_tokens`: by position of
@@ -95,8 +105,13 @@ class DecodeSteps:
         self._brings_tokens = brings_tokens
         self._last_tokens_S = last_tokens_S
         self._graphs.clear()
-        self._rows.clear()
+        self._results.clear()
         self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None  # it ends with its graphs
+
+    def follow(self, dispatch: Dispatch, brings_tokens: Sequence[bool]) -> None:
+        """As `start_epoch`, where graphs that were captured do what `dispatch` does, for as many sources of tokens."""
+        self._dispatch = dispatch
+        self._brings_tokens = brings_tokens
 
     def capture_all(self) -> None:
         """Captures all graphs, largest first, so that the others fit into the memory that it took."""
@@ -115,16 +130,19 @@ class DecodeSteps:
         self._packed_FB.fill_(NOTHING)
         self._packed_FB[POSITION].zero_()
         for size in self._sizes:
-            self._forward(size)
+            self._forward(size, [(dispatch, slice(0, size))])
+            if self._divides_steps and size > MOST_WHOLE_ROWS:
+                first = rows_of_first(size)
+                self._forward(size, [(dispatch, slice(0, first)), (dispatch, slice(first, size))])
 
     def takes(self, work: Sequence[Work], most_rows: int) -> bool:
         """Whether a step of this work can run here. `most_rows`: of any rank in the step."""
         return max(len(work), most_rows) <= self._max_rows and all(w.num_tokens == 1 and w.samples for w in work)
 
     @torch.inference_mode()
-    def run(self, work: Sequence[Work], requests: RequestTable, most_rows: int) -> tuple[Tensor, Tensor]:
-        """Logits [B, V] in the model's dtype and seats, int64 [B], of a step, in the order of the work. The next one
-        overwrites them. Raises ValueError if the work needs tokens or pages that are not there.
+    def run(self, work: Sequence[Work], requests: RequestTable, most_rows: int) -> tuple[Logits, Tensor]:
+        """Logits and seats, int64 [B], of a step, in the order of the work. The next one overwrites them. Raises
+        ValueError if the work needs tokens or pages that are not there.
         """
         num_rows = len(work)
         size = next(size for size in self._sizes if size >= max(num_rows, most_rows))
@@ -136,10 +154,10 @@ class DecodeSteps:
         self._packed_FB.copy_(host_FB, non_blocking=True)
         if size in self._graphs:
             self._graphs[size].replay()
-            rows = self._rows[size]
+            logits, rows = self._results[size]
         else:
-            rows = self._forward(size)
-        return self._logits_BV[:num_rows], rows.seats_B[:num_rows].long()
+            logits, rows = self._forward(size, self._begin(size))
+        return logits.first(num_rows), rows.seats_B[:num_rows].long()
 
     def _write(self, fields: Fields, work: Sequence[Work], requests: RequestTable, size: int) -> None:
         page_tokens, num_rows = self._page_tokens, len(work)
@@ -157,33 +175,44 @@ class DecodeSteps:
         fields[POSITION, num_rows:size] = 0
         fields[[TOKEN, GLOBAL_PAGE, CHUNKED_PAGE], num_rows:size] = NOTHING
 
-    def _forward(self, size: int) -> DecodeRows:
+    def _begin(self, size: int) -> Sequence[Part]:
+        """Tells dispatch of a step of `size` rows; says which of them go through which dispatch, in turn."""
         assert self._dispatch is not None, "an epoch comes before steps"
+        self._dispatch.begin_step(tuple(size if brings else 0 for brings in self._brings_tokens))
+        if isinstance(self._dispatch, DispatchBySize | MicroBatches):
+            return list(self._dispatch.parts(size))
+        return [(self._dispatch, slice(0, size))]
+
+    def _forward(self, size: int, parts: Sequence[Part]) -> tuple[Logits, DecodeRows]:
         rows = DecodeRows.empty(size, len(self._scales.frequencies_R), self._device)
         tables = self._attention.tables
         fill_decode_rows(
             rows, self._packed_FB, self._last_tokens_S, tables.global_table, tables.chunked_table, self._scales
         )
-        self._dispatch.begin_step(tuple(size if brings else 0 for brings in self._brings_tokens))
-        h_BD = self._model.forward(
-            rows.ids_B, rows.positions_B, lambda i, qkv_BQ: self._attend(i, qkv_BQ, rows), self._dispatch,
-            rows.is_padding_B1,
-        )  # fmt: skip
-        self._model.write_logits(h_BD, self._logits_BV[:size])
-        return rows
+        runs = [self._stages(rows.part(of_part), dispatch) for dispatch, of_part in parts]
+        h_BD = torch.cat(run_in_turn(runs)) if len(runs) > 1 else run_in_turn(runs)[0]
+        return self._model.write_logits(h_BD, self._part_BC[:size]), rows
+
+    def _stages(self, rows: DecodeRows, dispatch: Dispatch) -> Stages:
+        return self._model.stages(
+            rows.ids_B, rows.positions_B, lambda i, qkv_BQ: self._attend(i, qkv_BQ, rows), dispatch, rows.is_padding_B1
+        )
 
     def _attend(self, layer: int, qkv_BQ: Tensor, rows: DecodeRows) -> Tensor:
         is_chunked = self._config.is_chunked(layer)
         slots_B = rows.chunked_slots_B if is_chunked else rows.global_slots_B
         singles = Singles(seats_B=rows.seats_B, positions_B=rows.positions_B)
-        self._attention.store(layer, qkv_BQ, slots_B, rows.rotations_BR2, rows.temperatures_B)
-        return self._attention.attend_singles(layer, qkv_BQ, singles)
+        return self._attention.store_and_attend(
+            layer, qkv_BQ, singles, slots_B, rows.rotations_BR2, rows.temperatures_B
+        )
 
     @torch.inference_mode()
     def _capture(self, size: int) -> None:
         """Runs nothing: every kernel was run before, in `rehearse`."""
-        graph = torch.cuda.CUDAGraph()
+        laps, graph = Laps(), torch.cuda.CUDAGraph()
         # Other threads of this process may call CUDA meanwhile (loading does), which must not end the capture.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._rows[size] = self._forward(size)
+            self._results[size] = self._forward(size, self._begin(size))
         self._graphs[size] = graph
+        laps.lap("captured")
+        log.info("a decode step of %d rows: %s", size, laps)

@@ -12,7 +12,13 @@ from torch import Tensor
 from actors.attention.kv_cache import KvCache
 from actors.attention.seat_tables import SeatTables
 from actors.checkpoint.config import ModelConfig
-from actors.kernels.decode_attention import DecodeContext, DecodeScratch, decode_attention
+from actors.kernels.decode_attention import (
+    DecodeContext,
+    DecodeScratch,
+    NewestTokens,
+    decode_attention,
+    store_and_attend,
+)
 from actors.kernels.decode_inputs import PageTable
 from actors.kernels.heads import Heads, store_heads
 
@@ -46,16 +52,8 @@ class KernelAttention:
         self, layer: int, qkv_TQ: Tensor, slots_T: Tensor, rotations_TR2: Tensor, temperatures_T: Tensor | None
     ) -> None:
         """Makes queries and keys ready in place, and puts keys and values into the cache. See `store_heads`."""
-        config, rotates = self._config, layer in self._config.rope_layers
-        tempers = config.temperature_tuning and not rotates
-        store_heads(
-            qkv_TQ,
-            self._cache.layers[layer].tokens_NHd,
-            slots_T,
-            self.heads,
-            rotations_TR2 if rotates else None,
-            temperatures_T if tempers else None,
-        )
+        rotations, temperatures = self._what_turns(layer, rotations_TR2, temperatures_T)
+        store_heads(qkv_TQ, self._cache.layers[layer].tokens_NHd, slots_T, self.heads, rotations, temperatures)
 
     def queries(self, qkv_TQ: Tensor) -> Tensor:
         """q_THd of rows, a view."""
@@ -63,16 +61,38 @@ class KernelAttention:
 
     def attend_singles(self, layer: int, qkv_BQ: Tensor, singles: Singles) -> Tensor:
         """[B, heads * head_dim]: each row over all that its request has stored (of its chunk, in chunked layers)."""
-        config = self._config
-        is_chunked = config.is_chunked(layer)
-        context = DecodeContext(
+        pages_PSHd, context = self._cache.layers[layer].pages_PSHd, self._context(layer, singles)
+        return decode_attention(self.queries(qkv_BQ), pages_PSHd, context, self.heads, self._scratch)
+
+    def store_and_attend(
+        self,
+        layer: int,
+        qkv_BQ: Tensor,
+        singles: Singles,
+        slots_B: Tensor,
+        rotations_BR2: Tensor,
+        temperatures_B: Tensor,
+    ) -> Tensor:
+        """`store` and `attend_singles` of the same rows at once."""
+        rotations, temperatures = self._what_turns(layer, rotations_BR2, temperatures_B)
+        newest = NewestTokens(write_slots_B=slots_B, rotations_BR2=rotations, temperatures_B=temperatures)
+        pages_PSHd, context = self._cache.layers[layer].pages_PSHd, self._context(layer, singles)
+        return store_and_attend(qkv_BQ, pages_PSHd, newest, context, self.heads, self._scratch)
+
+    def _what_turns(
+        self, layer: int, rotations_TR2: Tensor, temperatures_T: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if layer in self._config.rope_layers:
+            return rotations_TR2, None
+        return None, temperatures_T if self._config.temperature_tuning else None
+
+    def _context(self, layer: int, singles: Singles) -> DecodeContext:
+        is_chunked = self._config.is_chunked(layer)
+        return DecodeContext(
             seats_B=singles.seats_B,
             positions_B=singles.positions_B,
             table=self._table(is_chunked),
-            chunk_tokens=config.chunk_tokens if is_chunked else 0,
-        )
-        return decode_attention(
-            self.queries(qkv_BQ), self._cache.layers[layer].pages_PSHd, context, self.heads, self._scratch
+            chunk_tokens=self._config.chunk_tokens if is_chunked else 0,
         )
 
     def _table(self, is_chunked: bool) -> PageTable:

@@ -15,14 +15,16 @@ from torch import Tensor
 from actors.attention.batch import StepInputs
 from actors.attention.kernel_attention import KernelAttention, Singles
 from actors.attention.kv_cache import KvCache, as_cached
-from actors.attention.page_groups import CachedRuns, GroupInputs, Piece, PromptRuns, token_slots, write_slots
+from actors.attention.page_groups import CachedRuns, FreshRuns, GroupInputs, Piece, PromptRuns, token_slots, write_slots
 from actors.attention.requests import PageTable
+from actors.attention.upload import upload_array
 from actors.checkpoint.config import ModelConfig
 from actors.kernels.prefill_attention import PackedRuns, packed_attention, run_attention
 
 # cuDNN's attention is twice as fast as what takes any length, but builds a plan for every length: it gets as much of a
 # run as is a multiple of this.
 FRESH_TOKENS = 512
+MAX_JOINED_TOKENS = 2048  # longer runs fill a GPU alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ class PromptBuilder:
         for span in (span for piece in longer for span in self._spans(piece)):
             is_fresh = span.start == span.context and span.stop - span.start >= FRESH_TOKENS
             (fresh if is_fresh else cached).append(span)
-        return PromptRuns(fresh=tuple(span.rows for span in fresh), cached=self._cached(cached) if cached else None)
+        return PromptRuns(fresh=tuple(_together(fresh)), cached=self._cached(cached) if cached else None)
 
     def _spans(self, piece: Piece) -> Iterator[_Span]:
         """Cuts a piece where chunks end, and where FRESH_TOKENS last divide a run that begins its context."""
@@ -96,7 +98,24 @@ class PromptBuilder:
         return slice(first, last + 1) if last - first == len(rows_T) - 1 else self._upload(rows_T)
 
     def _upload(self, values: np.ndarray) -> Tensor:  # type: ignore[type-arg]
-        return torch.from_numpy(values).to(self._device, non_blocking=True)
+        return upload_array(values, self._device)
+
+
+def _together(spans: Sequence[_Span]) -> Iterator[FreshRuns]:
+    """Joins equal ones that lie one after another, two or four or eight ... at a time: every number, too, is a plan."""
+    first = 0
+    while first < len(spans):
+        rows = spans[first].rows
+        length, num_alike = rows.stop - rows.start, 1
+        for span in spans[first + 1 :]:
+            if (span.rows.start, span.rows.stop) != (rows.start + num_alike * length, rows.stop + num_alike * length):
+                break
+            if length > MAX_JOINED_TOKENS:
+                break
+            num_alike += 1
+        num_runs = 1 << (num_alike.bit_length() - 1)
+        yield FreshRuns(slice(rows.start, rows.start + num_runs * length), num_runs)
+        first += num_runs
 
 
 class MixedAttention:
@@ -125,13 +144,15 @@ class MixedAttention:
     def _all(self, layer: int, qkv_TQ: Tensor, inputs: StepInputs, prompts: PromptRuns) -> Tensor:
         num_singles, cached = len(inputs.single_seats_B), prompts.cached
         if not num_singles and len(prompts.fresh) + (cached is not None) == 1:  # its result is the step's
-            return self._fresh(layer, qkv_TQ) if cached is None else self._cached(layer, qkv_TQ, cached)
+            if cached is not None:
+                return self._cached(layer, qkv_TQ, cached)
+            return self._fresh(layer, qkv_TQ, prompts.fresh[0].num_runs)
         heads = self._attention.heads
         out_TA = qkv_TQ.new_empty(len(qkv_TQ), heads.num_heads * heads.head_dim)
         if num_singles:
             out_TA[:num_singles] = self._singles(layer, qkv_TQ[:num_singles], inputs)
-        for rows in prompts.fresh:
-            out_TA[rows] = self._fresh(layer, qkv_TQ[rows])
+        for fresh in prompts.fresh:
+            out_TA[fresh.rows] = self._fresh(layer, qkv_TQ[fresh.rows], fresh.num_runs)
         if cached is not None:
             out_TA[cached.rows] = self._cached(layer, qkv_TQ[cached.rows], cached)
         return out_TA
@@ -140,11 +161,11 @@ class MixedAttention:
         singles = Singles(seats_B=inputs.single_seats_B, positions_B=inputs.positions_T[: len(qkv_BQ)])
         return self._attention.attend_singles(layer, qkv_BQ, singles)
 
-    def _fresh(self, layer: int, qkv_QN: Tensor) -> Tensor:
+    def _fresh(self, layer: int, qkv_QN: Tensor, num_runs: int) -> Tensor:
         heads = self._attention.heads
         kv_QHd = qkv_QN.view(len(qkv_QN), -1, heads.head_dim)[:, heads.num_heads :]
         k_QHd, v_QHd = as_cached(kv_QHd, self._layers[layer].pages_PSHd.dtype).split(heads.num_kv_heads, dim=1)
-        return run_attention(self._attention.queries(qkv_QN), k_QHd, v_QHd)
+        return run_attention(self._attention.queries(qkv_QN), k_QHd, v_QHd, num_runs)
 
     def _cached(self, layer: int, qkv_QN: Tensor, cached: CachedRuns) -> Tensor:
         kv_NHd = self._layers[layer].read_tokens(cached.key_slots_N, qkv_QN.dtype)

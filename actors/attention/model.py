@@ -5,24 +5,28 @@ reached through dispatch, and the shared expert is computed while they are away.
 processes. Source: transformers' Llama4ForCausalLM.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the name that everybody knows)
 
+from actors.attention.beside import Beside
+from actors.attention.logits import Logits
 from actors.attention.upload import mark
 from actors.checkpoint.config import ModelConfig
 from actors.checkpoint.weights import AttentionWeights, DenseFfn, MoeGate
 from actors.config import Routing
 from actors.dispatch.contract import Dispatch
+from actors.dispatch.residual import Residual
 from actors.dispatch.tensor_parallel import ALONE, TensorParallel
 from actors.kernels.linear import swiglu_ffn
 from actors.kernels.norm import add_rms_norm
-from actors.kernels.route import choose_experts
+from actors.kernels.route import GateScratch, choose_experts, draw_lots
 
 
 def ffn(x_TD: Tensor, weights: DenseFfn) -> Tensor:
@@ -41,28 +45,31 @@ class Choice:
 class Gate:
     """Chooses experts. Logits are fp32 whatever the model's dtype: near ties should not depend on rounding."""
 
-    def __init__(self, config: ModelConfig, routing: Routing) -> None:
+    def __init__(self, config: ModelConfig, routing: Routing, device: torch.device) -> None:
         self._num_moe_layers = len(config.moe_layers)
         self._experts_per_token = config.experts_per_token
         self._is_uniform = routing == "uniform"
+        self._scratch = GateScratch(device)
 
     def __call__(
-        self, x_TD: Tensor, router_ED: Tensor, lot_T: Tensor | None, padding_T1: Tensor | None = None
+        self,
+        x_TD: Tensor,
+        router_ED: Tensor,
+        lot_T: Tensor | None,
+        padding_T1: Tensor | None = None,
+        counts_E: Tensor | None = None,
     ) -> Choice:
-        """top-k on raw logits, then the sigmoid of the chosen; nothing is renormalised. `lot_T`: see `draw_lots`."""
-        return Choice(*choose_experts(x_TD, router_ED, self._experts_per_token, lot_T, padding_T1))
+        """top-k on raw logits, then the sigmoid of the chosen; nothing is renormalised. Adds the tokens of each expert
+        to `counts_E`. `lot_T`: see `draw_lots`.
+        """
+        top_k = self._experts_per_token
+        return Choice(*choose_experts(x_TD, router_ED, top_k, lot_T, padding_T1, counts_E, self._scratch))
 
     def draw_lots(self, positions_T: Tensor) -> Sequence[Tensor | None]:
         """For each MoE layer: None, or with uniform routing a number per row that stands for a random expert."""
         if not self._is_uniform:
             return [None] * self._num_moe_layers
-        device = positions_T.device
-        rows_T = torch.arange(len(positions_T), device=device)
-        layers_M1 = torch.arange(self._num_moe_layers, device=device)[:, None]
-        lots_MT = positions_T * 2654435761 + rows_T * 40503 + layers_M1 * 2246822519
-        for shift in (15, 13):  # multiply and fold: neighbours in any of the three come apart
-            lots_MT = (lots_MT ^ (lots_MT >> shift)).mul_(0x2C1B3C6D).bitwise_and_(0x7FFFFFFF)
-        return list(lots_MT)
+        return list(draw_lots(positions_T, self._num_moe_layers))
 
 
 class Attend(Protocol):
@@ -71,6 +78,30 @@ class Attend(Protocol):
     def __call__(self, layer: int, qkv_TQ: Tensor) -> Tensor:
         """qkv_TQ, which it may overwrite, to [T, heads * head_dim], before the output projection."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows of a step, and their attention, which reads nothing that later parts write."""
+
+    rows: slice
+    attend: Attend
+
+
+Stages = Generator[None, None, Tensor]
+"""A micro-batch on its way through the layers; it stops wherever another may be computed meanwhile."""
+
+
+def run_in_turn(runs: Sequence[Stages]) -> list[Tensor]:
+    """What each returns. All stop equally often; each goes on to its next stop before the one after it does."""
+    results: list[Tensor] = []
+    while len(results) < len(runs):
+        for run in runs:
+            try:
+                next(run)
+            except StopIteration as end:
+                results.append(end.value)
+    return results
 
 
 class AttentionModel:
@@ -85,7 +116,7 @@ class AttentionModel:
         self._weights = weights
         embed_VD = weights.embed_VD
         self._eps = config.rms_norm_eps
-        self._gate = Gate(config, routing)
+        self._gate = Gate(config, routing, embed_VD.device)
         # A CPU adds in the dtype that it multiplies in; a GPU multiplies what is stored and adds in fp32.
         is_cpu = embed_VD.device.type == "cpu"
         self._routers = {
@@ -99,6 +130,7 @@ class AttentionModel:
         )
 
         self._arriving: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self._beside = Beside(embed_VD.device)
 
     def forward(
         self, ids_T: Tensor, positions_T: Tensor, attend: Attend, dispatch: Dispatch, padding_T1: Tensor | None = None
@@ -107,9 +139,14 @@ class AttentionModel:
 
         Rows where `padding_T1` is set go to no expert. What becomes of them does not matter.
         """
+        return run_in_turn([self.stages(ids_T, positions_T, attend, dispatch, padding_T1)])[0]
+
+    def stages(
+        self, ids_T: Tensor, positions_T: Tensor, attend: Attend, dispatch: Dispatch, padding_T1: Tensor | None = None
+    ) -> Stages:
+        """As `forward`, but stops in every MoE layer while its tokens are at their experts."""
         h_TD = F.embedding(ids_T, self._weights.embed_VD)
-        lots = iter(self._gate.draw_lots(positions_T))
-        chosen: list[Tensor] = []
+        gating = zip(self._gate.draw_lots(positions_T), self._expert_tokens_ME, strict=True)
         deltas: tuple[Tensor, ...] = ()  # not yet added to h; partial sums where attention is tensor-parallel
         for i, layer in enumerate(self._weights.layers):
             x_TD = self._tp.add_rms_norm(h_TD, deltas, layer.input_norm_D, self._eps)
@@ -119,12 +156,73 @@ class AttentionModel:
             if isinstance(layer.ffn, DenseFfn):
                 deltas = (ffn(x_TD, layer.ffn),)
             else:
-                choice = self._gate(x_TD, self._routers[i], next(lots), padding_T1)
-                chosen.append(choice.expert_ids_TK)
-                deltas = self._moe(i, x_TD, layer.ffn, choice, dispatch)
-        self._count(chosen)
+                deltas = yield from self._moe(i, x_TD, layer.ffn, next(gating), padding_T1, dispatch)
         self._tp.add_all_reduced(h_TD, deltas)
         return h_TD
+
+    def _moe(
+        self, i: int, x_TD: Tensor, moe: MoeGate, gating: tuple[Tensor | None, Tensor], padding_T1: Tensor | None,
+        dispatch: Dispatch,
+    ) -> Generator[None, None, tuple[Tensor, Tensor]]:  # fmt: skip
+        """What the shared and the routed experts add to the hidden states. Stops while tokens are away."""
+        shared = self._beside.start(partial(ffn, weights=moe.shared), x_TD)
+        lot_T, counts_E = gating
+        choice = self._gate(x_TD, self._routers[i], lot_T, padding_T1, counts_E)
+        receipt = dispatch.dispatch(x_TD, choice.expert_ids_TK, choice.scores_TK, i)
+        shared_TD = shared()
+        yield
+        return shared_TD, dispatch.combine(receipt)
+
+    @property
+    def min_large_rows(self) -> int:
+        """Steps of so many rows and more, which are not captured, are for `forward_in_parts`."""
+        return self._tp.min_large_rows
+
+    def forward_in_parts(self, ids_T: Tensor, positions_T: Tensor, parts: Sequence[Part], dispatch: Dispatch) -> Tensor:
+        """As `forward`, for steps of many rows: while what ranks have computed of a part's rows is summed, they compute
+        another part. Routed experts take all rows at once, since each of their weights is read but once then.
+
+        What is returned holds until the next call.
+        """
+        layers = self._weights.layers
+        all_rows = [part.rows for part in parts]
+        h_TD = F.embedding(ids_T, self._weights.embed_VD)
+        residual = self._tp.residual(all_rows, h_TD, layers[0].input_norm_D, self._eps)
+        gating = zip(self._gate.draw_lots(positions_T), self._expert_tokens_ME, strict=True)
+        for i, layer in enumerate(layers):
+            for part in parts:
+                residual.wait(part.rows)
+                x_RD = residual.x_TD[part.rows]
+                out_RA = part.attend(i, F.linear(x_RD, layer.wqkv_QD))
+                residual.add(part.rows, (torch.mm(out_RA, layer.wo_DA.t(), out=x_RD),), layer.post_norm_D)
+            next_norm_D = layers[i + 1].input_norm_D if i + 1 < len(layers) else None
+            if isinstance(layer.ffn, DenseFfn):
+                for rows in all_rows:
+                    residual.wait(rows)
+                    residual.add(rows, (ffn(residual.x_TD[rows], layer.ffn),), next_norm_D)
+            else:
+                self._moe_in_parts(i, residual, all_rows, layer.ffn, next(gating), next_norm_D, dispatch)
+        residual.finish()
+        return residual.x_TD
+
+    def _moe_in_parts(
+        self, i: int, residual: Residual, all_rows: Sequence[slice], moe: MoeGate,
+        gating: tuple[Tensor | None, Tensor], next_norm_D: Tensor | None, dispatch: Dispatch,
+    ) -> None:  # fmt: skip
+        """The shared expert of the last part comes after the routed ones, for the sums of the others to run beside."""
+        shared_of: list[Tensor] = []
+        for rows in all_rows[:-1]:
+            residual.wait(rows)
+            shared_of.append(ffn(residual.x_TD[rows], moe.shared))
+        residual.wait(all_rows[-1])
+        lot_T, counts_E = gating
+        choice = self._gate(residual.x_TD, self._routers[i], lot_T, None, counts_E)
+        receipt = dispatch.dispatch(residual.x_TD, choice.expert_ids_TK, choice.scores_TK, i)
+        routed_TD = dispatch.combine(receipt)
+        for rows, shared_RD in zip(all_rows, shared_of, strict=False):
+            residual.add(rows, (shared_RD, routed_TD[rows]), next_norm_D)
+        rows = all_rows[-1]
+        residual.add(rows, (ffn(residual.x_TD[rows], moe.shared), routed_TD[rows]), next_norm_D)
 
     @contextmanager
     def rehearsing(self) -> Iterator[None]:
@@ -141,18 +239,22 @@ class AttentionModel:
         x_BD = add_rms_norm(h_BD, (), self._weights.final_norm_D, self._eps)
         return self._tp.all_gather_columns(F.linear(x_BD, self._weights.lm_head_VD)).float()
 
-    def empty_logits(self, num_rows: int) -> Tensor:
-        """Room for the logits of so many rows, [num_rows, V] in the model's dtype."""
-        return self._weights.lm_head_VD.new_empty(num_rows, self._config.vocab_size)
+    def step_logits(self, h_BD: Tensor) -> Logits:
+        """The logits of rows of `forward`'s result, to sample from."""
+        return self.write_logits(h_BD, self.empty_logits(h_BD.shape[0]))
 
-    def write_logits(self, h_BD: Tensor, out_BV: Tensor) -> None:
-        """The logits of `forward`'s rows into memory that is there already."""
+    def empty_logits(self, num_rows: int) -> Tensor:
+        """Room for this rank's columns of the logits of so many rows, [num_rows, C] in the model's dtype."""
+        return self._weights.lm_head_VD.new_empty(num_rows, self._weights.lm_head_VD.shape[0])
+
+    def write_logits(self, h_BD: Tensor, part_BC: Tensor) -> Logits:
+        """The logits of `forward`'s rows; this rank's columns go into memory that is there already."""
         x_BD = add_rms_norm(h_BD, (), self._weights.final_norm_D, self._eps)
-        if self._tp.size == 1:
-            part_VD = self._weights.lm_head_VD
-            torch.mm(x_BD, part_VD.t(), out=out_BV[:, : part_VD.shape[0]])
-        else:
-            out_BV.copy_(self._tp.all_gather_columns(F.linear(x_BD, self._weights.lm_head_VD)))
+        torch.mm(x_BD, self._weights.lm_head_VD.t(), out=part_BC)
+        return Logits(part_BC, *self._tp.largest_columns(part_BC), self._gather)
+
+    def _gather(self, part_RC: Tensor) -> Tensor:
+        return self._tp.all_gather_columns(part_RC)
 
     def request_expert_tokens(self) -> None:
         """Starts to fetch the tokens routed to each expert since the last request, without waiting for the device."""
@@ -171,14 +273,3 @@ class AttentionModel:
             return {}
         self._arriving = None
         return {layer: tuple(row) for layer, row in zip(self._config.moe_layers, counts_ME.tolist(), strict=True)}
-
-    def _moe(self, i: int, x_TD: Tensor, moe: MoeGate, choice: Choice, dispatch: Dispatch) -> tuple[Tensor, Tensor]:
-        """What the shared and the routed experts add to the hidden states."""
-        receipt = dispatch.dispatch(x_TD, choice.expert_ids_TK, choice.scores_TK, i)
-        shared_TD = ffn(x_TD, moe.shared)
-        return shared_TD, dispatch.combine(receipt)
-
-    def _count(self, chosen: list[Tensor]) -> None:
-        if chosen:
-            ids_MN = torch.stack(chosen).flatten(1)
-            self._expert_tokens_ME.scatter_add_(1, ids_MN.clamp(min=0), (ids_MN >= 0).long())

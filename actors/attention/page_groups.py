@@ -86,14 +86,22 @@ class CachedRuns:
     key_slots_N: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class FreshRuns:
+    """Runs of equal length, one after another, that begin their context and read their own keys only."""
+
+    rows: slice
+    num_runs: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptRuns:
     """What `mixed.py` needs of the rows behind those of one token. Runs never cross the end of a chunk.
 
-    `fresh`: rows of runs that begin their context and read their own keys only. `cached`: all others, if any.
+    `cached`: all runs that are not fresh, if any.
     """
 
-    fresh: tuple[slice, ...]
+    fresh: tuple[FreshRuns, ...]
     cached: CachedRuns | None
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from actors.attention.distribution import distances, draw, keep_likeliest, keep_min_p, unit, weights_at
+from actors.attention.logits import Logits
 from actors.attention.logprobs import logprobs
 from actors.attention.penalties import PenaltyPool
 from actors.attention.philox import uniforms
@@ -50,7 +51,7 @@ class SampledBatch:
     token_ids_B: Tensor  # int64, on the device; do not change
     request_idxs: tuple[int, ...]
     host_token_ids_B: Tensor
-    host_broken_B: Tensor  # bool: the row had no distribution
+    host_largest_B: Tensor  # fp32, the row's largest logit; where it is not finite there was no distribution
     host_logprobs: tuple[_HostLogprobs, ...]
     copied: torch.cuda.Event | None  # None on CPU
 
@@ -64,7 +65,7 @@ class SampledBatch:
         if self.copied is not None:
             self.copied.synchronize()
         token_ids = self.host_token_ids_B.tolist()
-        for row in self.host_broken_B.nonzero().flatten().tolist():
+        for row in self.host_largest_B.isfinite().logical_not_().nonzero().flatten().tolist():
             logger.error("request %d: logits without a finite maximum; its token is void", self.request_idxs[row])
         tokens = [SampledToken(request_idx=i, token_id=t) for i, t in zip(self.request_idxs, token_ids, strict=True)]
         for part in self.host_logprobs:
@@ -125,20 +126,19 @@ class Sampler:
         self._forget_batch()
 
     @torch.inference_mode()
-    def sample(self, logits_BV: Tensor, request_idxs: Sequence[int]) -> SampledBatch:
-        """Draws the next token of each listed request (each once) from its row of logits, of any float dtype."""
-        if logits_BV.dtype == torch.float64:
-            logits_BV = logits_BV.float()
+    def sample(self, logits: Logits | Tensor, request_idxs: Sequence[int]) -> SampledBatch:
+        """Draws the next token of each listed request (each once) from its row of logits; [B, V] are whole ones."""
+        if isinstance(logits, Tensor):
+            logits = Logits.of(logits)
         batch = self._batch_of(tuple(request_idxs))
-        largest_B, greedy_B = logits_BV.max(-1)
-        broken_B = largest_B.isfinite().logical_not_()
-        token_ids_B = greedy_B
+        token_ids_B = logits.greedy_B
         if batch.groups:
-            token_ids_B = torch.where(broken_B, greedy_B, self._sample_groups(batch, logits_BV, greedy_B))
+            is_broken_B = logits.largest_B.isfinite().logical_not_()
+            token_ids_B = torch.where(is_broken_B, token_ids_B, self._sample_groups(batch, logits))
         if batch.penalised_row_P is not None and batch.penalised_slot_P is not None:
             self._pool.count(batch.penalised_slot_P, token_ids_B[batch.penalised_row_P])
         self._advance()
-        return self._start_copy(batch, logits_BV, token_ids_B, broken_B)
+        return self._start_copy(batch, logits, token_ids_B)
 
     def _batch_of(self, request_idxs: tuple[int, ...]) -> SamplingBatch:
         if self._batch is None or self._batch_steps >= self._batch.num_steps or self._batch_idxs != request_idxs:
@@ -158,13 +158,13 @@ class Sampler:
             self._requests[request_idx].num_outputs += 1
         self._batch_steps += 1
 
-    def _sample_groups(self, batch: SamplingBatch, logits_BV: Tensor, greedy_B: Tensor) -> Tensor:
-        """`greedy_B` with the rows of all groups replaced."""
+    def _sample_groups(self, batch: SamplingBatch, logits: Logits) -> Tensor:
+        """Greedy tokens with the rows of all groups replaced."""
         token_idxs = np.array([request.num_outputs for request in batch.random], dtype=np.uint64)
         uniform_N = upload(uniforms(batch.seeds, token_idxs).tolist(), torch.float64, self._device)
-        token_ids_B = greedy_B.clone()
+        token_ids_B = logits.greedy_B.clone()
         for group in batch.groups:
-            x_RV = logits_BV[group.row_R].float()
+            x_RV = logits.rows(group.row_R)
             if group.penalties is not None:
                 self._pool.apply_(x_RV, group.penalties)
             if group.bias is not None:
@@ -173,21 +173,19 @@ class Sampler:
             token_ids_B[group.row_R] = _choose(group, x_RV, uniform_R)
         return token_ids_B
 
-    def _start_copy(
-        self, batch: SamplingBatch, logits_BV: Tensor, token_ids_B: Tensor, broken_B: Tensor
-    ) -> SampledBatch:
+    def _start_copy(self, batch: SamplingBatch, logits: Logits, token_ids_B: Tensor) -> SampledBatch:
         parts = []
         for group in batch.logprob_groups:
-            results = logprobs(logits_BV[group.row_R].float(), token_ids_B[group.row_R], max(group.num_top))
+            results = logprobs(logits.rows(group.row_R), token_ids_B[group.row_R], max(group.num_top))
             logprob_R, top_ids, top_logprobs = (result.to("cpu", non_blocking=True) for result in results)
             parts.append(_HostLogprobs(group=group, logprob_R=logprob_R, top_ids=top_ids, top_logprobs=top_logprobs))
         host_token_ids_B = token_ids_B.to("cpu", non_blocking=True)
-        host_broken_B = broken_B.to("cpu", non_blocking=True)
+        host_largest_B = logits.largest_B.to("cpu", non_blocking=True)
         return SampledBatch(
             token_ids_B=token_ids_B,
             request_idxs=self._batch_idxs,
             host_token_ids_B=host_token_ids_B,
-            host_broken_B=host_broken_B,
+            host_largest_B=host_largest_B,
             host_logprobs=tuple(parts),
             copied=mark(self._device),
         )

@@ -4,7 +4,9 @@ Owns the one way that does not wait for the device: pinned memory, asynchronous 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -12,6 +14,14 @@ from torch import Tensor
 def upload(values: Sequence[int] | Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
     """`values` as a 1-D tensor on `device`."""
     on_host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return on_host.to(device, non_blocking=True)
+
+
+def upload_array(values: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """`values` on `device`. What is not pinned would be copied while the host waits for the device, if it is large."""
+    on_host = torch.from_numpy(values)
+    if device.type == "cuda" and values.size:
+        on_host = on_host.pin_memory()
     return on_host.to(device, non_blocking=True)
 
 

@@ -5,6 +5,7 @@ them. Knows nothing of sockets, epochs or where experts are: dispatch is given t
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -15,8 +16,10 @@ from actors.attention.batch import BatchBuilder, StepInputs
 from actors.attention.decode import DecodeSteps
 from actors.attention.kernel_attention import KernelAttention
 from actors.attention.kv_cache import KvCache, PagePools, cache_dtype, fit_page_tokens, plan_pages
+from actors.attention.logits import Logits
 from actors.attention.mixed import MixedAttention
-from actors.attention.model import Attend, AttentionModel
+from actors.attention.model import Attend, AttentionModel, Part
+from actors.attention.parts import divide, sampled_rows
 from actors.attention.rehearsal import RehearsalDispatch, rehearsed_sizes
 from actors.attention.requests import RequestTable
 from actors.attention.sampler import SampledBatch, Sampler, workspace_bytes
@@ -57,6 +60,7 @@ class AttentionWorker:
     ) -> None:
         """`weights` are the shard that `tp` says; the cache has that shard's heads."""
         config = shard_config(config, tp.size)
+        self._tp_size = tp.size
         self._config = config
         self._pipeline = pipeline
         self._device = device
@@ -119,7 +123,7 @@ class AttentionWorker:
         self._tables = SeatTables(config, cache, max_rows, longest_tokens)
         attention = KernelAttention(config, cache, self._tables, max_rows, device)
         if not self._pipeline.enforce_eager:
-            self._decode = DecodeSteps(self._model, config, attention, max_rows, device)
+            self._decode = DecodeSteps(self._model, config, attention, max_rows, device, self._pipeline.divides_steps)
         self._mixed = MixedAttention(config, attention, cache, device)
 
     @torch.inference_mode()
@@ -152,7 +156,7 @@ class AttentionWorker:
         )
         self.take_in(RankPlan(admitted=(admission,), work=(work,)))
         _, h_TD = self.forward((work,))
-        self._model.logits(h_TD[-1:])
+        self._model.step_logits(h_TD[-1:])
         self.take_in(RankPlan(released=(0,)))
 
     def start_epoch(
@@ -171,7 +175,9 @@ class AttentionWorker:
         if fresh:
             self._requests.clear()
             self._sampler = Sampler(self._config.vocab_size, self._device)
-        if self._decode is not None and not keeps_graphs:
+        if self._decode is not None and keeps_graphs:
+            self._decode.follow(dispatch, brings_tokens)
+        elif self._decode is not None:
             self._decode.start_epoch(dispatch, self._requests.last_tokens_R, brings_tokens)
 
     def capture(self) -> None:
@@ -204,18 +210,20 @@ class AttentionWorker:
         assert dispatch is not None, "an epoch comes before steps"
         if self._decode is not None and dispatch.is_capturable and self._decode.takes(plan.work, most_rows):
             request_idxs = [work.request_idx for work in plan.work]
-            logits_BV, seats_B = self._decode.run(plan.work, self._requests, most_rows)
+            logits, seats_B = self._decode.run(plan.work, self._requests, most_rows)
             dispatch.end_step()
-            return self._sample(request_idxs, logits_BV, seats_B)
-        inputs, h_TD = self.forward(plan.work)
+            return self._sample(request_idxs, logits, seats_B)
+        if sum(work.num_tokens for work in plan.work) >= self._model.min_large_rows:
+            sampled, h_BD, memory_rows_B = self._forward_in_parts(plan.work)
+        else:
+            inputs, h_TD = self.forward(plan.work)
+            sampled, memory_rows_B = inputs.sampled, inputs.memory_rows_B
+            h_BD = h_TD if inputs.sampled_rows_B is None else h_TD.index_select(0, inputs.sampled_rows_B)
         dispatch.end_step()
-        if not inputs.sampled:
-            return None
-        h_BD = h_TD if inputs.sampled_rows_B is None else h_TD.index_select(0, inputs.sampled_rows_B)
-        return self._sample(inputs.sampled, self._model.logits(h_BD), inputs.memory_rows_B)
+        return self._sample(sampled, self._model.step_logits(h_BD), memory_rows_B) if sampled else None
 
-    def _sample(self, request_idxs: Sequence[int], logits_BV: Tensor, memory_rows_B: Tensor) -> SampledBatch:
-        sampled = self._sampler.sample(logits_BV, request_idxs)
+    def _sample(self, request_idxs: Sequence[int], logits: Logits, memory_rows_B: Tensor) -> SampledBatch:
+        sampled = self._sampler.sample(logits, request_idxs)
         self._requests.remember(request_idxs, memory_rows_B, sampled.token_ids_B)
         return sampled
 
@@ -228,6 +236,22 @@ class AttentionWorker:
         inputs = self._builder.build(work, self._requests)
         attend = self._attend(inputs, self.cache)
         return inputs, self._model.forward(inputs.ids_T, inputs.positions_T, attend, self._dispatch)
+
+    def _forward_in_parts(self, work: Sequence[Work]) -> tuple[tuple[int, ...], Tensor, Tensor]:
+        """Computes a large step without sampling: requests that are sampled, their hidden states and memory rows."""
+        assert self._builder and self.cache and self._dispatch, "the cache and an epoch come before steps"
+        if self._tables is not None:
+            self._tables.grant(work, self._requests)
+        inputs = [self._builder.build(part, self._requests) for part in divide(work)]
+        ends = list(accumulate(part.num_tokens for part in inputs))
+        parts = [
+            Part(slice(end - part.num_tokens, end), self._attend(part, self.cache))
+            for part, end in zip(inputs, ends, strict=True)
+        ]
+        ids_T, positions_T = torch.cat([p.ids_T for p in inputs]), torch.cat([p.positions_T for p in inputs])
+        h_TD = self._model.forward_in_parts(ids_T, positions_T, parts, self._dispatch)
+        sampled, rows_B, memory_rows_B = sampled_rows(inputs)
+        return sampled, h_TD.index_select(0, rows_B), memory_rows_B
 
     def _attend(self, inputs: StepInputs, cache: KvCache) -> Attend:
         mixed = self._mixed
@@ -270,8 +294,8 @@ class AttentionWorker:
         return max(0, free_bytes - spared_bytes - self._workspace_bytes())
 
     def _workspace_bytes(self) -> int:
-        """What a step needs beside weights and cache: activations of every token, logits thrice, the sampler's, and a
-        long request's keys and values of one layer, copied out of their pages.
+        """What a step needs beside weights and cache: activations of every token, logits thrice, the sampler's, a long
+        request's keys and values of one layer, copied out of their pages; and the rows that members of a unit share.
         """
         config, tokens = self._config, self._pipeline.max_num_batched_tokens
         widest = max(config.dense_width, config.expert_width * config.experts_per_token, config.hidden_size)
@@ -280,4 +304,6 @@ class AttentionWorker:
         sampler_bytes = workspace_bytes(config.vocab_size, self._pipeline.max_num_seqs)
         num_copied = min(self._longest_tokens, MOST_COPIED_TOKENS)
         copied_bytes = 2 * config.num_kv_heads * config.head_dim * self._dtype.itemsize * num_copied
-        return 8 * tokens * widest * self._dtype.itemsize + logits_bytes + sampler_bytes + copied_bytes
+        shared_bytes = 0 if self._tp_size == 1 else tokens * config.hidden_size * self._dtype.itemsize
+        step_bytes = 8 * tokens * widest * self._dtype.itemsize + shared_bytes
+        return step_bytes + logits_bytes + sampler_bytes + copied_bytes

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from actors.dispatch.collective import CollectiveDispatch
-from actors.dispatch.contract import Receipt
+from actors.dispatch.contract import Dispatch, Receipt
+from actors.dispatch.micro_batches import MicroBatches
 from actors.dispatch.symmetric import SymmetricDispatch
+
+Small = SymmetricDispatch | MicroBatches
 
 
 class DispatchBySize:
@@ -21,7 +24,7 @@ class DispatchBySize:
     `serve_step` waits itself. The experts must be capturable where steps fit.
     """
 
-    def __init__(self, small: SymmetricDispatch, large: CollectiveDispatch, device: torch.device) -> None:
+    def __init__(self, small: Small, large: CollectiveDispatch, device: torch.device) -> None:
         self._small = small
         self._large = large
         self._serving = ServingGraphs(small) if device.type == "cuda" else None
@@ -35,7 +38,15 @@ class DispatchBySize:
     def end_step(self) -> None:
         """See `Dispatch`."""
         if self._is_small:
-            self._small.wait()
+            self._small.end_step()
+
+    def parts(self, num_rows: int) -> list[tuple[Dispatch, slice]]:
+        """How a rank with `num_rows` tokens may run the step that was begun: which of them go through which dispatch,
+        in this order in every layer. See `MicroBatches`.
+        """
+        if self._is_small and isinstance(self._small, MicroBatches):
+            return list(self._small.parts(num_rows))
+        return [(self, slice(0, num_rows))]
 
     def begin_step(self, tokens_of_rank: tuple[int, ...]) -> None:
         """See `Dispatch`; decides which of the two does the step."""
@@ -59,6 +70,23 @@ class DispatchBySize:
             self._serving.serve_step(tokens_of_rank)
         self._small.wait()
 
+    @property
+    def small(self) -> Small:
+        """What small steps go through."""
+        return self._small
+
+    def take_over(self, before: "DispatchBySize") -> bool:
+        """Takes the place of the one of the epoch before, whose graphs go on; False, and nothing done, where they
+        cannot. The device is idle.
+        """
+        if not self._small.can_take_over(before._small):
+            return False
+        self._small.take_over(before._small)
+        if before._serving is not None:
+            self._serving = before._serving
+            self._serving.follow(self._small)
+        return True
+
     def check(self) -> None:
         """Raises RankError if a wait of a small step was given up in what the device has done so far."""
         self._small.check()
@@ -67,31 +95,36 @@ class DispatchBySize:
         self._small.close()
 
     @property
-    def _chosen(self) -> SymmetricDispatch | CollectiveDispatch:
+    def _chosen(self) -> Small | CollectiveDispatch:
         return self._small if self._is_small else self._large
 
 
 class ServingGraphs:
-    """Serves the steps of a rank without tokens, each size of block by a graph once it was run without one.
+    """Serves the steps of a rank without tokens, each size of block, whole or divided, by a graph once it was run
+    without one.
 
     The graphs go with the dispatch: nobody may replay them once it is closed.
     """
 
-    def __init__(self, dispatch: SymmetricDispatch) -> None:
+    def __init__(self, dispatch: Small) -> None:
         self._dispatch = dispatch
-        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}  # by block rows; None: run once
+        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph | None] = {}  # None: run once
         self._pool: Any = None
+
+    def follow(self, dispatch: Small) -> None:
+        """The one that has taken over from the one that was captured."""
+        self._dispatch = dispatch
 
     def serve_step(self, tokens_of_rank: tuple[int, ...]) -> None:
         """Queues the step on the current stream. See `SymmetricDispatch.wait`."""
         self._dispatch.begin_step(tokens_of_rank)
-        block_rows = self._dispatch.block_rows
-        if block_rows not in self._graphs:  # what the experts use is made and loaded now, not in the capture
-            self._graphs[block_rows] = None
+        kind = self._dispatch.block_rows, isinstance(self._dispatch, MicroBatches) and self._dispatch.is_divided
+        if kind not in self._graphs:  # what the experts use is made and loaded now, not in the capture
+            self._graphs[kind] = None
             self._dispatch.serve_layers()
             return
-        graph = self._graphs[block_rows] or self._capture()
-        self._graphs[block_rows] = graph
+        graph = self._graphs[kind] or self._capture()
+        self._graphs[kind] = graph
         graph.replay()
 
     def _capture(self) -> torch.cuda.CUDAGraph:

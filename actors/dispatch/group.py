@@ -1,6 +1,6 @@
 """Process groups that belong to an epoch.
 
-Owns the rendezvous store, joining in two phases, and the rule that a lost or hung peer ends the group within its
+Owns the rendezvous store, how ranks meet there, and the rule that a lost or hung peer ends the group within its
 timeout. Never touches torch's default group, so groups may follow one another in a process. Knows nothing of what is
 sent. Ranks are positions in the epoch's list of members.
 """
@@ -9,7 +9,8 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -24,6 +25,8 @@ from actors.errors import RankError
 STORE_TIMEOUT_S = 30.0
 BACKLOG = 1024  # ranks that connect at once
 DEFAULT_TIMEOUT_S = 5.0
+MEETING_POLL_S = 0.002
+REFUSED = "refused"  # a key of an epoch, once one of its ranks cannot come
 
 
 class RendezvousStore:
@@ -87,23 +90,30 @@ class Transfer:
         self._group._finish(self)
 
 
+@dataclass(slots=True)
+class _Meetings:
+    """What groups of one process share: the connection to the store, and what was tried there."""
+
+    address: str
+    endpoint: str = ""
+    store: TCPStore | None = None
+    gloo_device: Any = None
+    last_epoch: int = -1  # that was tried at this store
+
+
 class EpochGroup:
     """This process's place in the group of one epoch after another.
 
-    `prepare` does what may be slow (connecting to the store), `join` what is short; keep one object per process, so
-    that the store's client and gloo's device are made once. `address` is this host's own IP address.
+    Groups of one process share the store's client and gloo's device, which are made once: make the first one so, and
+    others, that are formed while it serves, by `beside`. `address` is this host's own IP address.
     """
 
     def __init__(self, device: torch.device, address: str) -> None:
         self._device = device
-        self._address = address
-        self._endpoint = ""
-        self._store: TCPStore | None = None
-        self._gloo_device: Any = None
+        self._meetings = _Meetings(address)
         self._transport: Transport | None = None
         self._in_flight: set[Transfer] = set()
         self._device_waits: list[DeviceWaits] = []
-        self._last_epoch = -1  # that was tried at this store
         self.waited_s = 0.0  # in all, for peers and for the device
         self.epoch = -1
         self.rank = UNKNOWN_RANK
@@ -111,48 +121,79 @@ class EpochGroup:
         self.operation_timeout_s = DEFAULT_TIMEOUT_S
         self.preposts = False
 
+    def beside(self) -> "EpochGroup":
+        """A place in the group of another epoch, which may be formed in another thread while this one is in use."""
+        group = EpochGroup(self._device, self._meetings.address)
+        group._meetings = self._meetings
+        return group
+
     def prepare(self, store_endpoint: str) -> None:
-        """First phase: connects to the store at host:port unless it is connected already. Raises RankError."""
-        if self._gloo_device is None and self._device.type == "cpu":
+        """Connects to the store at host:port unless it is connected already. Raises RankError."""
+        meetings = self._meetings
+        if meetings.gloo_device is None and self._device.type == "cpu":
             # By address: found by name, it would be resolved, and that can take seconds.
-            self._gloo_device = ProcessGroupGloo.create_device(hostname=self._address)
-        if store_endpoint == self._endpoint and self._store_answers():
+            meetings.gloo_device = ProcessGroupGloo.create_device(hostname=meetings.address)
+        if store_endpoint == meetings.endpoint and self._store_answers():
             return
         host, _, port = store_endpoint.rpartition(":")
         try:
             # One client per process and store: each connect resolves names backwards, which can stall for seconds.
-            self._store = TCPStore(
+            meetings.store = TCPStore(
                 host, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=STORE_TIMEOUT_S)
             )
         except (RuntimeError, ValueError) as e:
             raise RankError(self.rank, f"no rendezvous store answers at {store_endpoint!r}: {_first_line(e)}") from e
-        self._endpoint = store_endpoint
-        self._last_epoch = -1
+        meetings.endpoint, meetings.last_epoch = store_endpoint, -1
 
     def join(
-        self, epoch: int, rank: int, world: int, timeout_s: float, operation_timeout_s: float = DEFAULT_TIMEOUT_S
+        self,
+        epoch: int,
+        rank: int,
+        world: int,
+        timeout_s: float,
+        operation_timeout_s: float = DEFAULT_TIMEOUT_S,
+        is_over: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Second phase: forms the group of `epoch` with `world` ranks, leaving any other group first.
+        """Forms the group of `epoch` with `world` ranks, leaving any other group that this object has been in.
 
         Epoch numbers ascend and are tried once per store: what an earlier try left there would look like a rank that
         joins. `operation_timeout_s` bounds every wait of the group. Raises RankError (with this rank) if not all ranks
-        join within `timeout_s`, or if the epoch is over.
+        come within `timeout_s`, if one of them calls `refuse` instead, if `is_over`, or if a later epoch was tried.
         """
         self.leave()
-        if self._store is None:
+        meetings = self._meetings
+        if meetings.store is None:
             raise RankError(rank, f"epoch {epoch} was joined before it was prepared")
-        if epoch <= self._last_epoch:
-            raise RankError(rank, f"epoch {epoch} is over; the last was {self._last_epoch}")
-        self._last_epoch = epoch
-        store = PrefixStore(f"epoch{epoch}", self._store)
+        if epoch <= meetings.last_epoch:
+            raise RankError(rank, f"epoch {epoch} is over; the last was {meetings.last_epoch}")
+        meetings.last_epoch = epoch
+        store = PrefixStore(f"epoch{epoch}", meetings.store)
         store.set_timeout(timedelta(seconds=timeout_s))
         self.epoch, self.rank, self.world = epoch, rank, world
         self.operation_timeout_s = operation_timeout_s
         try:
+            # Neither backend gives up soon where somebody does not come, so nobody starts alone.
+            _meet(store, rank, world, timeout_s, is_over)
             self._transport = self._form(store, rank, world, timeout_s, operation_timeout_s)
         except RuntimeError as e:
             raise RankError(rank, f"the group of epoch {epoch} did not form: {_first_line(e)}") from e
         self.preposts = self._transport.preposts
+
+    def connect(self) -> None:
+        """Has what the first messages between ranks would wait for done now. Collective. Raises RankError."""
+        try:
+            self._formed().connect()
+        except RuntimeError as e:
+            raise self._fail_by_device(e) from e
+
+    def refuse(self, epoch: int) -> None:
+        """Tells those who join `epoch` not to wait: this rank does not come. Raises RankError."""
+        if self._meetings.store is None:
+            return
+        try:
+            PrefixStore(f"epoch{epoch}", self._meetings.store).set(REFUSED, "1")
+        except RuntimeError as e:
+            raise RankError(self.rank, f"the rendezvous store does not answer: {_first_line(e)}") from e
 
     def attach(self, waits: DeviceWaits) -> None:
         """Has these waits end with the group, and the group fail with them. Until the group is left."""
@@ -160,9 +201,9 @@ class EpochGroup:
 
     def namespace(self, name: str) -> Store:
         """A part of the store for what the ranks of this epoch agree on beside the group. Raises RankError."""
-        if self._transport is None or self._store is None:
+        if self._transport is None or self._meetings.store is None:
             raise RankError(self.rank, f"is in no group (the last was of epoch {self.epoch})")
-        return PrefixStore(f"epoch{self.epoch}/{name}", self._store)
+        return PrefixStore(f"epoch{self.epoch}/{name}", self._meetings.store)
 
     def leave(self) -> None:
         """Ends the group, if there is one. Peers that wait for this rank get an error at once."""
@@ -264,13 +305,26 @@ class EpochGroup:
     def _form(self, store: Store, rank: int, world: int, join_s: float, operation_s: float) -> Transport:
         if self._device.type == "cuda":
             return NcclTransport(store, rank, world, self._device, join_s, operation_s)
-        return GlooTransport(store, rank, world, self._gloo_device, join_s, operation_s)
+        return GlooTransport(store, rank, world, self._meetings.gloo_device, join_s, operation_s)
 
     def _store_answers(self) -> bool:
+        store = self._meetings.store
         try:
-            return self._store is not None and self._store.check(["alive"]) in (True, False)
+            return store is not None and store.check(["alive"]) in (True, False)
         except RuntimeError:
             return False
+
+
+def _meet(store: Store, rank: int, world: int, timeout_s: float, is_over: Callable[[], bool]) -> None:
+    """Waits until all ranks are here. Raises RuntimeError."""
+    store.set(f"here/{rank}", "1")
+    everyone, ends_s = [f"here/{peer}" for peer in range(world)], time.monotonic() + timeout_s
+    while not store.check(everyone):
+        if is_over() or store.check([REFUSED]):
+            raise RuntimeError("it is over" if is_over() else "somebody does not come")
+        if time.monotonic() > ends_s:
+            raise RuntimeError(f"not all of {world} ranks came within {timeout_s} s")
+        time.sleep(MEETING_POLL_S)
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,6 +7,7 @@ What a rank maps stays valid as long as it is mapped: when a peer dies, its memo
 lets go of it, so writes to a dead rank go nowhere and harm nobody.
 """
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from torch.distributed.distributed_c10d import Store
 
 from actors.dispatch.group import DeviceWaits, EpochGroup
 from actors.errors import RankError
+from actors.laps import Laps
+
+log = logging.getLogger("corral.dispatch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +48,15 @@ class PeerMemory(Protocol):
         """Has waits on the device end with the group that the memory belongs to, if there is one."""
         ...
 
-    def map(self, name: str, num_bytes: int) -> Mapping:
-        """Collective: every rank calls it with the same name, once, and size. Raises RankError."""
+    def map(self, name: str, num_bytes: int, own: Tensor | None = None) -> Mapping:
+        """Collective: every rank calls it with the same name, once, and size. Raises RankError.
+
+        `own`: memory that this rank mapped with others before, to be mapped again, as it is; else it is new.
+        """
+        ...
+
+    def largest(self, name: str, number: int) -> int:
+        """Of the numbers that all ranks name. Collective, with a name that is used once. Raises RankError."""
         ...
 
 
@@ -65,33 +76,49 @@ class SymmetricMemory:
     def attach(self, waits: DeviceWaits) -> None:
         self._group.attach(waits)
 
-    def map(self, name: str, num_bytes: int) -> Mapping:
+    def map(self, name: str, num_bytes: int, own: Tensor | None = None) -> Mapping:
         # Multicast objects are never made: a fault with one takes the whole host's GPUs out of service. And ranks that
         # see one device each all call it by the same number, which torch takes for the same device.
         os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
         os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
         try:
             with torch.cuda.device(self._device):
-                return self._map(name, num_bytes)
+                return self._map(name, num_bytes, own)
         except RuntimeError as e:
             reason = str(e).partition("\n")[0][:300]
             raise RankError(self.rank, f"could not map the memory of its peers: {reason}") from e
 
-    def _map(self, name: str, num_bytes: int) -> Mapping:
-        symmetric = c10d._SymmetricMemory
-        own: Tensor = symmetric.empty_strided_p2p((num_bytes,), (1,), torch.uint8, self._device)
-        own.zero_()
-        torch.cuda.synchronize(self._device)  # peers may write as soon as they have it
+    def largest(self, name: str, number: int) -> int:
+        store = self._group.namespace(f"{name}/numbers")
+        store.set_timeout(timedelta(seconds=self._timeout_s))
+        try:
+            store.set(str(self.rank), str(number))
+            return max(int(store.get(str(rank))) for rank in range(self._group.world))
+        except RuntimeError as e:
+            raise RankError(self.rank, f"peers did not answer: {str(e).partition(chr(10))[0][:300]}") from e
+
+    def _map(self, name: str, num_bytes: int, own: Tensor | None) -> Mapping:
+        laps, symmetric = Laps(), c10d._SymmetricMemory
+        if own is None:
+            own = symmetric.empty_strided_p2p((num_bytes,), (1,), torch.uint8, self._device)
+            own.zero_()
+            torch.cuda.current_stream(self._device).synchronize()  # peers may write as soon as they have it
+        laps.lap("allocated")
         store = MeetingStore(self._group.namespace(name), timedelta(seconds=self._timeout_s))
         store.meet(self._group.rank, self._group.world)
+        laps.lap("all here")
         group_name = f"corral-{self._group.epoch}-{name}"
         with _named_group(group_name, store, self._group.rank, self._group.world):
             handle = symmetric.rendezvous(own, group_name)
+        laps.lap("rendezvous")
         views = [
             own if rank == self._group.rank else handle.get_buffer(rank, (num_bytes,), torch.uint8)
             for rank in range(self._group.world)
         ]
-        return _mapping(views, (own, handle))
+        mapping = _mapping(views, (own, handle))
+        laps.lap("views")
+        log.info("mapped %d bytes of each of %d ranks: %s", num_bytes, self._group.world, laps)
+        return mapping
 
 
 class _named_group:  # noqa: N801 (a context manager)
@@ -181,9 +208,14 @@ class SharedMemory:
     def attach(self, waits: DeviceWaits) -> None:
         """Belongs to no group."""
 
-    def map(self, name: str, num_bytes: int) -> Mapping:
+    def map(self, name: str, num_bytes: int, own: Tensor | None = None) -> Mapping:
+        """Always new."""
         fresh = torch.zeros(self._world, num_bytes, dtype=torch.uint8, device=self._device).unbind()
         return _mapping(self._made.setdefault(name, fresh), None)
+
+    def largest(self, name: str, number: int) -> int:
+        """Where all name the same."""
+        return number
 
 
 def _mapping(buffers: Sequence[Tensor], keeper: Any) -> Mapping:

@@ -9,24 +9,41 @@ replayed: one graph serves all steps of the same tokens on this rank and the sam
 it serves all steps of the same `block_rows`.
 """
 
+import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from actors.dispatch.contract import ExpertCompute, RoutingTable
-from actors.dispatch.peer_memory import PeerMemory
+from actors.dispatch.peer_memory import Mapping, PeerMemory
 from actors.dispatch.rows import TokenShape
 from actors.errors import RankError
 from actors.kernels import peer_rows
-from actors.kernels.peer_areas import SLOT_BITS, SLOT_MASK, AreaLayout, Exchange, LayerRoutes, PeerAreas, Turn
+from actors.kernels.peer_areas import (
+    OPENED,
+    SLOT_BITS,
+    SLOT_MASK,
+    AreaLayout,
+    Exchange,
+    LayerRoutes,
+    PeerAreas,
+    Turn,
+)
+from actors.laps import Laps
+
+log = logging.getLogger("corral.dispatch")
 
 MAX_TOKENS = 256
+DESTINATION_ROOM = 8  # places for them, as far as there are no more: so that graphs go on when another one comes
+RANK_ROOM = 16
+EPOCH_SEQUENCES = 1 << 34  # sequence numbers that are set aside for each epoch in the same memory
+MAX_SEQUENCE = 1 << 39
 MIN_BLOCK_ROWS = 8
 SPIN_S = 0.002
-POLL_S = 0.0001
+POLL_S = 0.00002
 UNKNOWN_RANK = -1
 
 
@@ -64,6 +81,7 @@ class SymmetricDispatch:
         timeout_s: float,
         max_tokens: int = MAX_TOKENS,
         name: str = "dispatch",
+        before: "SymmetricDispatch | None" = None,
     ) -> None:
         self.is_capturable = True
         self._memory = memory
@@ -80,9 +98,13 @@ class SymmetricDispatch:
         self._is_destination = memory.rank in self._destinations
         if self._is_destination and experts is None:
             raise ValueError(f"rank {memory.rank} holds slots but no experts")
+        self._before = before
+        self._begin = 0  # the sequence number that the epoch begins with
         self._keys_MER = _keys(routing, self._destinations)
         self._num_replicas_ME = routing.num_replicas_ME.clone()
         self._exchange: Exchange | None = None
+        self._state = torch.zeros(3, dtype=torch.int64, device=shape.device)
+        self._partner_state = self._state
         self._keeper: object = None
         self._failure: RankError | None = None
         self._tokens_of_rank: tuple[int, ...] = ()
@@ -92,6 +114,10 @@ class SymmetricDispatch:
 
     # --- the epoch ---------------------------------------------------------------------------------------------------
 
+    def pair_with(self, partner: "SymmetricDispatch") -> None:
+        """Has waits that this one gives up end those of `partner`, too. Before either is started."""
+        self._partner_state, partner._partner_state = partner._state, self._state
+
     @torch.inference_mode(False)  # else nobody could write to what is made here outside of that mode
     def start(self) -> None:
         """Maps the memory of all ranks, which all do at once. Raises RankError."""
@@ -100,26 +126,105 @@ class SymmetricDispatch:
             dtype=self._shape.dtype,
             capacity=_block_rows(self._max_tokens * self._shape.experts_per_token),
             num_sources=len(self._sources),
-            num_destinations=len(self._destinations),
+            num_destinations=max(DESTINATION_ROOM, len(self._destinations)),
         )
-        mapping = self._memory.map(self._name, layout.num_bytes)
+        mapping = self._map(layout)
         device, rank = self._shape.device, self._memory.rank
+        bases = torch.zeros(max(RANK_ROOM, len(mapping.buffers)), dtype=torch.int64, device=device)
+        bases[: len(mapping.buffers)] = mapping.bases
+        places = (*self._destinations, *[-1] * (layout.num_destinations - len(self._destinations)))
+        self._state[: OPENED + 1] = self._begin
         self._keeper = mapping
         self._exchange = Exchange(
-            areas=PeerAreas(layout=layout, buffers=mapping.buffers, bases=mapping.bases),
+            areas=PeerAreas(layout=layout, buffers=mapping.buffers, bases=bases),
             rank=rank,
             source=self._sources.index(rank) if self._is_source else -1,
             destination=self._destinations.index(rank) if self._is_destination else -1,
             source_ranks_S=torch.tensor(self._sources, dtype=torch.int32, device=device),
-            destination_ranks_P=torch.tensor(self._destinations, dtype=torch.int32, device=device),
-            state=torch.zeros(3, dtype=torch.int64, device=device),
+            destination_ranks_P=torch.tensor(places, dtype=torch.int32, device=device),
+            state=self._state,
+            partner_state=self._partner_state,
             host=torch.zeros(2, dtype=torch.int64, pin_memory=device.type == "cuda"),
             timeout_s=self._timeout_s,
         )
-        self._memory.attach(self._exchange)
+        self._memory.attach(self)
+        laps = Laps()
         peer_rows.load_all(self._exchange, self._routes(0), self._shape.experts_per_token)
+        laps.lap("loaded")
+        log.info("kernels of %r: %s", self._name, laps)
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # what was made here may be used on any stream
+            torch.cuda.current_stream(device).synchronize()  # what was made here may be used on any stream
+
+    def _map(self, layout: AreaLayout) -> Mapping:
+        """The memory of all ranks; this one's is that of the epoch before, if it has the same layout. Flags there hold
+        numbers below those that this epoch begins with.
+        """
+        before, self._before = self._before, None
+        old = None if before is None else before._exchange
+        begin = -EPOCH_SEQUENCES if before is None or old is None else before._begin
+        begin = self._memory.largest(self._name, begin) + EPOCH_SEQUENCES
+        self._begin = begin if begin + EPOCH_SEQUENCES < MAX_SEQUENCE else 0
+        is_kept = old is not None and old.areas.layout == layout and self._begin == begin
+        own = old.areas.buffers[old.rank] if old is not None and is_kept else None
+        return self._memory.map(self._name, layout.num_bytes, own)
+
+    def can_take_over(self, before: object) -> bool:
+        """Whether graphs that captured `before` would do what this one does, if it took over: the same sources bring
+        tokens, and this rank is in the same place. Both are started, and nobody was lost.
+        """
+        old, new = before._exchange if isinstance(before, SymmetricDispatch) else None, self._exchange
+        if (
+            not isinstance(before, SymmetricDispatch)
+            or old is None
+            or new is None
+            or old.is_aborted
+            or old.blamed is not None
+        ):
+            return False
+        own = [exchange.areas.buffers[exchange.rank].data_ptr() for exchange in (old, new)]
+        return (
+            own[0] == own[1]
+            and old.areas.layout == new.areas.layout
+            and (old.source, old.destination, old.timeout_s) == (new.source, new.destination, new.timeout_s)
+            and len(old.areas.bases) == len(new.areas.bases)
+            and before._layers == self._layers
+            and before._keys_MER.shape == self._keys_MER.shape
+            and not any(new and not old for new, old in zip(self._serves, before._serves, strict=True))
+        )
+
+    def take_over(self, before: object) -> None:
+        """Goes on in the tables of `before`, which is over then: its graphs do what this one does. Between two steps,
+        on a device that is idle.
+        """
+        assert isinstance(before, SymmetricDispatch), "it can take over"
+        old, new = before._exchange, self._exchange
+        assert old is not None and new is not None, "both are started"
+        before._exchange = before._keeper = None
+        pairs = (
+            (old.areas.bases, new.areas.bases),
+            (old.source_ranks_S, new.source_ranks_S),
+            (old.destination_ranks_P, new.destination_ranks_P),
+            (old.state, new.state),
+            (before._keys_MER, self._keys_MER),
+            (before._num_replicas_ME, self._num_replicas_ME),
+        )
+        for kept, made in pairs:
+            kept.copy_(made)
+        self._keys_MER, self._num_replicas_ME = before._keys_MER, before._num_replicas_ME
+        self._state, self._partner_state = old.state, old.partner_state
+        self._exchange = replace(old, areas=replace(old.areas, buffers=new.areas.buffers), rank=new.rank)
+        if self._shape.device.type == "cuda":
+            torch.cuda.current_stream(self._shape.device).synchronize()
+
+    @property
+    def blamed(self) -> int | None:
+        """See `DeviceWaits`."""
+        exchange = self._exchange
+        return None if exchange is None else exchange.blamed
+
+    def abort(self) -> None:
+        """See `DeviceWaits`."""
+        self.interrupt()
 
     def close(self) -> None:
         """Ends this rank's waits and lets go of the memory, once the device is done with it."""
@@ -143,16 +248,22 @@ class SymmetricDispatch:
         It has as many layers, experts and replicas at most as the old one, and names a rank in no layer that the old
         one did not name it in. All ranks change it between the same two steps.
         """
-        if routing.layers != self._layers or routing.ranks_MER.shape != self._keys_MER.shape:
+        keys_MER = _keys(routing, self._destinations)
+        if routing.layers != self._layers or keys_MER.shape != self._keys_MER.shape:
             raise ValueError("a routing table can be replaced by one of the same shape alone")
         if any(
             new and not old for new, old in zip(_served_layers(routing, self._memory.rank), self._serves, strict=True)
         ):
             raise ValueError(f"rank {self._memory.rank} is to serve a layer that it did not serve before")
-        self._keys_MER.copy_(_keys(routing, self._destinations))
+        self._keys_MER.copy_(keys_MER)
         self._num_replicas_ME.copy_(routing.num_replicas_ME)
 
     # --- the step ----------------------------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """All that a step runs, in this order."""
+        return self._layers
 
     @property
     def block_rows(self) -> int:
@@ -163,8 +274,10 @@ class SymmetricDispatch:
         """Whether a step is small enough."""
         return max(tokens_of_rank) <= self._max_tokens
 
-    def begin_step(self, tokens_of_rank: tuple[int, ...]) -> None:
-        """States how many tokens every rank brings to each layer of the step, padding included."""
+    def begin_step(self, tokens_of_rank: tuple[int, ...], most_tokens: int = 0) -> None:
+        """States how many tokens every rank brings to each layer of the step, padding included. Blocks have room for
+        `most_tokens` where no rank brings as many.
+        """
         world = len(self._active.areas.buffers)
         if len(tokens_of_rank) != world:
             raise ValueError(f"{len(tokens_of_rank)} token counts for {world} ranks")
@@ -173,7 +286,7 @@ class SymmetricDispatch:
         if self._next_idx not in (0, len(self._layers)) or self._is_open:
             raise ValueError(f"a step began after {self._next_idx} of {len(self._layers)} layers of the one before")
         self._tokens_of_rank = tokens_of_rank
-        self._block_rows = _block_rows(max(tokens_of_rank) * self._shape.experts_per_token)
+        self._block_rows = _block_rows(max(*tokens_of_rank, most_tokens) * self._shape.experts_per_token)
         self._next_idx = 0
 
     def serve_step(self, tokens_of_rank: tuple[int, ...]) -> None:
@@ -223,6 +336,10 @@ class SymmetricDispatch:
         self._is_open = False
         self._leave_layer()
         return y_TD
+
+    def end_step(self) -> None:
+        """See `Dispatch`."""
+        self.wait()
 
     def wait(self) -> None:
         """Waits for what was queued on the current stream, then as `check`."""
@@ -314,7 +431,9 @@ def _served_layers(routing: RoutingTable, rank: int) -> list[bool]:
 
 
 def _keys(routing: RoutingTable, destinations: tuple[int, ...]) -> Tensor:
-    """int64 [M, E, R]: number of the destination << SLOT_BITS | slot. Raises ValueError."""
+    """int64 [M, E, R]: number of the destination << SLOT_BITS | slot; there is room for a replica on each of
+    DESTINATION_ROOM ranks at least. Raises ValueError.
+    """
     if int(routing.slots_MER.max()) > SLOT_MASK - 1:
         raise ValueError(f"a rank holds more than {SLOT_MASK} slots of one layer")
     numbers = {rank: number for number, rank in enumerate(destinations)}
@@ -323,4 +442,5 @@ def _keys(routing: RoutingTable, destinations: tuple[int, ...]) -> Tensor:
         raise ValueError(f"rank {min(strangers)} held no experts when the epoch began")
     flat = [numbers[rank] for rank in routing.ranks_MER.flatten().tolist()]
     numbers_MER = torch.tensor(flat, device=routing.ranks_MER.device).view_as(routing.ranks_MER)
-    return (numbers_MER << SLOT_BITS) | routing.slots_MER
+    keys_MER = (numbers_MER << SLOT_BITS) | routing.slots_MER
+    return torch.nn.functional.pad(keys_MER, (0, max(0, DESTINATION_ROOM - keys_MER.shape[2])))

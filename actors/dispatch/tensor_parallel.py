@@ -17,22 +17,29 @@ from torch import Tensor
 from actors.checkpoint.config import ModelConfig
 from actors.dispatch.group import EpochGroup
 from actors.dispatch.peer_memory import Mapping, PeerMemory, SymmetricMemory
+from actors.dispatch.residual import GroupResidual, Residual, SharedResidual
 from actors.dispatch.rows import TokenShape
+from actors.kernels.largest import largest
 from actors.kernels.norm import add_rms_norm
+from actors.kernels.peer_residual import PeerResidual, ResidualLayout, add_sums
 from actors.kernels.peer_sums import (
     PeerSums,
     SumLayout,
     add_all_reduced_rms_norm,
     add_all_reduced_rows,
     all_reduce_rows,
+    first_largest,
     gather_columns,
+    largest_columns,
 )
 
 TAG = 1
 MEETING_TIMEOUT_S = 30.0
 WHOLE_ROWS = 16  # up to so many rows each rank sends all of them to all: least latency
 SLICED_ROWS = 256  # up to so many each rank sums a slice; above it NCCL is as fast, where nothing is captured
+FLAGGED_ROWS = 64  # from so many on what is sent is worth less than the fences that halve it
 GATHER_BYTES = 16 * 1024 * 1024
+NEVER = 1 << 62
 
 
 class TensorParallel(Protocol):
@@ -44,6 +51,8 @@ class TensorParallel(Protocol):
 
     size: int
     index: int
+    min_large_rows: int
+    """Steps of so many rows and more, which are not captured, are for `residual`."""
 
     def join(self, group: EpochGroup, positions: Sequence[int], fresh: bool) -> bool:
         """Takes the group of a new epoch, which is formed. `positions`: of the members in it, in the order of shards.
@@ -65,18 +74,33 @@ class TensorParallel(Protocol):
         """`add_all_reduced` where there are parts; returns rms_norm(h) * weight (see `kernels/norm.py`)."""
         ...
 
+    def residual(self, rows: Sequence[slice], h_TD: Tensor, weight_D: Tensor, eps: float) -> Residual:
+        """The residual stream of a large step that begins with `h_TD`, which it may keep, in parts of so many rows;
+        x begins as rms_norm(h) * weight. Of one step at a time.
+        """
+        ...
+
     def all_gather_columns(self, x_BV: Tensor) -> Tensor:
         """[B, size * V]: member i's columns from i * V on."""
         ...
 
+    def largest_columns(self, x_BV: Tensor) -> tuple[Tensor, Tensor]:
+        """fp32 [B] and int64 [B]: the largest of what `all_gather_columns` would return, and its column; see
+        `kernels/largest.py`.
+        """
+        ...
 
-def make_tensor_parallel(shard: tuple[int, int], shape: TokenShape) -> TensorParallel:
-    """For the rank with `shard` (index, of) of its unit. Memory is taken when it joins its first epoch."""
+
+def make_tensor_parallel(shard: tuple[int, int], shape: TokenShape, max_rows: int = 0) -> TensorParallel:
+    """For the rank with `shard` (index, of) of its unit. Memory is taken when it joins its first epoch.
+
+    `max_rows`: of any step; 0: none is a large one.
+    """
     index, size = shard
     if size == 1:
         return ALONE
     if shape.device.type == "cuda" and sum_layout(size, shape).divides_into(1):
-        return OverPeerMemory(index, size, shape)
+        return OverPeerMemory(index, size, shape, max_rows)
     return OverGroup(index, size)
 
 
@@ -89,8 +113,11 @@ def sum_layout(size: int, shape: TokenShape) -> SumLayout:
         whole_rows=WHOLE_ROWS,
         sliced_rows=SLICED_ROWS,
         gather_bytes=GATHER_BYTES,
+        flagged_rows=FLAGGED_ROWS,
     )
-    return layout if layout.divides_into(size) else replace(layout, whole_rows=SLICED_ROWS, sliced_rows=0)
+    if layout.divides_into(size):
+        return layout
+    return replace(layout, whole_rows=SLICED_ROWS, sliced_rows=0, flagged_rows=0)
 
 
 def shard_config(config: ModelConfig, of: int) -> ModelConfig:
@@ -103,6 +130,7 @@ class Alone:
 
     size = 1
     index = 0
+    min_large_rows = NEVER
 
     def join(self, group: EpochGroup, positions: Sequence[int], fresh: bool) -> bool:
         return False
@@ -117,8 +145,14 @@ class Alone:
     def add_rms_norm(self, h_TD: Tensor, parts: Sequence[Tensor], weight_D: Tensor, eps: float) -> Tensor:
         return add_rms_norm(h_TD, parts, weight_D, eps)
 
+    def residual(self, rows: Sequence[slice], h_TD: Tensor, weight_D: Tensor, eps: float) -> Residual:
+        return GroupResidual(self.all_reduce, h_TD, weight_D, eps)
+
     def all_gather_columns(self, x_BV: Tensor) -> Tensor:
         return x_BV
+
+    def largest_columns(self, x_BV: Tensor) -> tuple[Tensor, Tensor]:
+        return largest(x_BV)
 
 
 ALONE = Alone()
@@ -126,6 +160,8 @@ ALONE = Alone()
 
 class OverGroup:
     """Over the messages of the group: on a CPU, and for what is too large for memory that is shared."""
+
+    min_large_rows = NEVER  # there is nothing to run beside sums
 
     def __init__(self, index: int, size: int) -> None:
         self.index = index
@@ -156,8 +192,16 @@ class OverGroup:
         reduced = (self.all_reduce(_added_up(parts)),) if parts else ()
         return add_rms_norm(h_TD, reduced, weight_D, eps)
 
+    def residual(self, rows: Sequence[slice], h_TD: Tensor, weight_D: Tensor, eps: float) -> Residual:
+        return GroupResidual(self.all_reduce, h_TD, weight_D, eps)
+
     def all_gather_columns(self, x_BV: Tensor) -> Tensor:
         return torch.cat(self._exchange(x_BV), dim=1)
+
+    def largest_columns(self, x_BV: Tensor) -> tuple[Tensor, Tensor]:
+        values_B, columns_B = largest(x_BV)
+        of_all_BW2 = torch.stack(self._exchange(torch.stack((values_B.view(torch.int32), columns_B.int()), 1)), 1)
+        return first_largest(of_all_BW2[..., 0].contiguous().view(torch.float32), of_all_BW2[..., 1], x_BV.shape[1])
 
     @property
     def _joined(self) -> EpochGroup:
@@ -180,28 +224,42 @@ class OverGroup:
 class OverPeerMemory(OverGroup):
     """Through memory that the members map into each other: one kernel per call, and all of it can be captured.
 
-    Rows above SLICED_ROWS go over the group, unless a graph is being captured: then in several calls. The mapping
-    outlives epochs that nobody is lost in, so that graphs do too.
+    Rows above SLICED_ROWS go over the group, unless a graph is being captured: then in several calls. Steps of more
+    rows have room of their own (`residual`). The mapping outlives epochs that nobody is lost in, so that graphs do too.
     """
 
-    def __init__(self, index: int, size: int, shape: TokenShape, memory: PeerMemory | None = None) -> None:
-        """`memory`: where the members meet, if not over the group; for tests."""
+    def __init__(
+        self, index: int, size: int, shape: TokenShape, max_rows: int = 0, memory: PeerMemory | None = None
+    ) -> None:
+        """`max_rows`: of any step. `memory`: where the members meet, if not over the group; for tests."""
         super().__init__(index, size)
+        self._max_rows = max_rows
+        self.min_large_rows = SLICED_ROWS + 1 if max_rows > SLICED_ROWS else NEVER
         self._shape = shape
         self._memory = memory
         self._layout = sum_layout(size, shape)
         self._mapping: Mapping | None = None
         self._peers: PeerSums | None = None
+        self._large: PeerResidual | None = None
+        # What is summed there is waited for by all: it goes before what else could be computed.
+        self._stream = torch.cuda.Stream(shape.device, priority=-1) if shape.device.type == "cuda" else None
 
     def join(self, group: EpochGroup, positions: Sequence[int], fresh: bool) -> bool:
         super().join(group, positions, fresh)
         is_new = fresh or self._peers is None
         if is_new:
-            self._peers = self._mapping = None  # before its successor takes the memory
+            self._peers = self._large = self._mapping = None  # before its successor takes the memory
             memory = self._memory or SymmetricMemory(group, self._shape.device, MEETING_TIMEOUT_S)
             self._mapping = memory.map("sums", self._layout.num_bytes)
             self._peers = self._end_of(self._mapping, group.operation_timeout_s)
-        group.attach(_Waits(self._ready, self._positions))
+            # Logits are gathered outside of graphs: what is compiled for it is compiled now.
+            meeting = replace(self._peers, timeout_s=MEETING_TIMEOUT_S)
+            gather_columns(meeting, torch.zeros(1, 4, dtype=self._shape.dtype, device=self._shape.device))
+            if self._max_rows > SLICED_ROWS:
+                self._large = self._map_large(memory, group.operation_timeout_s)
+        for peers in (self._peers, self._large):
+            if peers is not None:
+                group.attach(_Waits(peers, self._positions))
         return is_new
 
     def all_reduce(self, x_TD: Tensor) -> Tensor:
@@ -224,8 +282,18 @@ class OverPeerMemory(OverGroup):
         self.add_all_reduced(h_TD, parts)
         return add_rms_norm(h_TD, (), weight_D, eps)
 
+    def residual(self, rows: Sequence[slice], h_TD: Tensor, weight_D: Tensor, eps: float) -> Residual:
+        if self._large is None:
+            return super().residual(rows, h_TD, weight_D, eps)
+        return SharedResidual(self._large, self._stream, rows, h_TD, weight_D, eps)
+
     def all_gather_columns(self, x_BV: Tensor) -> Tensor:
         return gather_columns(self._ready, x_BV.contiguous())
+
+    def largest_columns(self, x_BV: Tensor) -> tuple[Tensor, Tensor]:
+        parts = [largest_columns(self._ready, x_BV[rows]) for rows in _pieces(x_BV.shape[0], self._ready.max_rows)]
+        values, columns = zip(*parts, strict=True)
+        return (values[0], columns[0]) if len(parts) == 1 else (torch.cat(values), torch.cat(columns))
 
     @property
     def _ready(self) -> PeerSums:
@@ -239,24 +307,51 @@ class OverPeerMemory(OverGroup):
 
     def _end_of(self, mapping: Mapping, timeout_s: float) -> PeerSums:
         """This rank's end, with the members in the order of shards."""
-        device = self._shape.device
-        order = torch.tensor(self._positions, device=device)
-        host = torch.zeros(2, dtype=torch.int64, pin_memory=device.type == "cuda")
         return PeerSums(
             layout=self._layout,
             rank=self.index,
             buffers=tuple(mapping.buffers[position] for position in self._positions),
-            bases=mapping.bases.index_select(0, order),
-            state=torch.zeros(3, dtype=torch.int64, device=device),
-            host=host,
+            bases=mapping.bases.index_select(0, self._order()),
+            state=self._state(self._layout.state_words),
+            host=self._host(),
             timeout_s=timeout_s,
         )
+
+    def _map_large(self, memory: PeerMemory, timeout_s: float) -> PeerResidual:
+        """Collective. Sums a row in every way, so that what is compiled for it is compiled now."""
+        shape = self._shape
+        layout = ResidualLayout(world=self.size, hidden=shape.hidden, dtype=shape.dtype, max_rows=self._max_rows)
+        mapping = memory.map("residual", layout.num_bytes)
+        large = PeerResidual(
+            layout=layout,
+            rank=self.index,
+            buffers=tuple(mapping.buffers[position] for position in self._positions),
+            bases=mapping.bases.index_select(0, self._order()),
+            state=self._state(layout.state_words),
+            host=self._host(),
+            timeout_s=timeout_s,
+            keeper=mapping,
+        )
+        weight_D = torch.ones(shape.hidden, dtype=shape.dtype, device=shape.device)
+        for weight in (weight_D, None):
+            h_OD = torch.zeros(1, shape.hidden, dtype=shape.dtype, device=shape.device)
+            add_sums(large, h_OD, slice(0, self.size), weight, 1.0)
+        return large
+
+    def _order(self) -> Tensor:
+        return torch.tensor(self._positions, device=self._shape.device)
+
+    def _state(self, num_words: int = 3) -> Tensor:
+        return torch.zeros(num_words, dtype=torch.int64, device=self._shape.device)
+
+    def _host(self) -> Tensor:
+        return torch.zeros(2, dtype=torch.int64, pin_memory=self._shape.device.type == "cuda")
 
 
 class _Waits:
     """The device's waits as the group knows them, with members by their positions in it."""
 
-    def __init__(self, peers: PeerSums, positions: tuple[int, ...]) -> None:
+    def __init__(self, peers: PeerSums | PeerResidual, positions: tuple[int, ...]) -> None:
         self._peers = peers
         self._positions = positions
 

@@ -5,6 +5,7 @@ or of what the messages mean.
 """
 
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -16,6 +17,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import AllreduceOptions, ProcessGroupGloo, Store
+
+from actors.laps import Laps
+
+log = logging.getLogger("corral.dispatch")
 
 Message = tuple[int, Tensor]
 """(peer's rank, contiguous tensor to send or to receive into)."""
@@ -29,6 +34,7 @@ TAIL_NUMEL = 8
 CLOSING_TAG = 2**31 - 1
 CLOSING_TIMEOUT = timedelta(milliseconds=1)
 NO_TIMEOUT_S = 86_400.0
+CONNECT_TIMEOUT_S = 10.0
 SPIN_S = 0.002
 POLL_S = 0.0001
 
@@ -38,6 +44,10 @@ class Transport(Protocol):
 
     preposts: bool
     """Whether a receive may be posted long before its message is sent, and then costs nothing."""
+
+    def connect(self) -> None:
+        """Does now what the first messages to each peer would do. Every rank calls it."""
+        ...
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message], tag: int) -> list[Posted]:
         """Starts all of it, waits for none of it."""
@@ -86,6 +96,9 @@ class GlooTransport:
         options._devices = [device]
         self._timeout = timedelta(seconds=timeout_s)
         self._pg: Any = gloo(store, rank, world, options)
+
+    def connect(self) -> None:
+        """All pairs are connected."""
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message], tag: int) -> list[Posted]:
         posted: list[Posted] = []
@@ -143,7 +156,7 @@ class NcclTransport:
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
         from torch.distributed.distributed_c10d import ProcessGroupNCCL  # absent where torch has no CUDA
 
-        _meet(store, rank, world, join_timeout_s)
+        laps = Laps()
         options = ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=NO_TIMEOUT_S)
         self._device = device
@@ -156,6 +169,18 @@ class NcclTransport:
         # Communicators are made by their first operation, which all ranks must take part in: it belongs to joining.
         self._pg.allreduce([torch.zeros(1, device=device)], AllreduceOptions()).wait()
         self._synchronize(join_timeout_s)
+        laps.lap("communicator")
+        log.info("NCCL among %d: %s", world, laps)
+
+    def connect(self) -> None:
+        laps, rank, world = Laps(), self._formed().rank(), self._formed().size()
+        peers = [peer for peer in range(world) if peer != rank]
+        sent, received = torch.zeros(1, device=self._device), torch.zeros(world, device=self._device)
+        for _, work in self.post([(p, sent) for p in peers], [(p, received[p : p + 1]) for p in peers], 0):
+            self.wait(work)
+        self._synchronize(CONNECT_TIMEOUT_S)
+        laps.lap("connections")
+        log.info("NCCL among %d: %s", world, laps)
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message], tag: int) -> list[Posted]:
         if not sends and not receives:
@@ -203,10 +228,13 @@ class NcclTransport:
         return pg
 
     def _abort(self) -> None:
+        """Ends what runs and what is queued, soon: NCCL takes its time to end its threads and to free its memory, and
+        waits for the device meanwhile. Nobody else does.
+        """
         with self._aborting:
             pg, self._pg = self._pg, None
-            if pg is not None:
-                pg.abort()
+        if pg is not None:
+            threading.Thread(target=_end, args=(pg,), name="abort", daemon=True).start()
 
     def _synchronize(self, timeout_s: float) -> None:
         self._waited.append(self._mark())
@@ -231,7 +259,8 @@ class NcclTransport:
         return event
 
 
-def _meet(store: Store, rank: int, world: int, timeout_s: float) -> None:
-    """Waits until all ranks are here. NCCL's own bootstrap has no timeout, so nobody starts it alone."""
-    store.set(f"here/{rank}", "1")
-    store.wait([f"here/{peer}" for peer in range(world)], timedelta(seconds=timeout_s))
+def _end(pg: Any) -> None:
+    laps = Laps()
+    pg.abort()
+    laps.lap("aborted")
+    log.info("NCCL communicator: %s", laps)

@@ -8,7 +8,7 @@ token there (-1: the one sampled last, from the device's memory), and the pages 
 and in the chunked group (-1: none).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -50,6 +50,10 @@ class DecodeRows:
     chunked_slots_B: Tensor
     rotations_BR2: Tensor  # fp32: cosine and sine
     temperatures_B: Tensor  # fp32
+
+    def part(self, rows: slice) -> "DecodeRows":
+        """Views of some of them."""
+        return DecodeRows(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
     @staticmethod
     def empty(num_rows: int, num_frequencies: int, device: torch.device) -> "DecodeRows":

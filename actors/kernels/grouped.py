@@ -82,19 +82,23 @@ def choose_engine(x: PlacedRows, weight_SOI: Tensor) -> Engine:
 
 
 def _with_triton(x: PlacedRows, weight_SOI: Tensor, scale: Tensor | None, *, swiglu: bool) -> Tensor:
-    from actors.kernels.grouped_tiles import choose_tiles
-    from actors.kernels.grouped_triton import launch_grouped
+    from actors.kernels.few_rows_triton import launch_few_rows
+    from actors.kernels.grouped_tiles import choose_few_rows, choose_tiles
+    from actors.kernels.grouped_triton import Tiles, launch_grouped
 
     form, (num_rows, inputs), (num_slots, outputs, _) = form_of(weight_SOI), x.x_ND.shape, weight_SOI.shape
-    tiles = choose_tiles(form, num_rows, inputs, num_slots, outputs, swiglu=swiglu)
+    few = choose_few_rows(form, num_rows, inputs, outputs, swiglu=swiglu) if x.dtype == torch.bfloat16 else None
+    tiles = few or choose_tiles(form, num_rows, inputs, num_slots, outputs, swiglu=swiglu)
     dtype = torch.float32 if tiles.split > 1 else x.dtype
     features = outputs // 2 if swiglu else outputs
     y_PNO = torch.empty(tiles.split, num_rows, features, dtype=dtype, device=weight_SOI.device)
     counts_S = None if x.placement is None else x.placement.counts_S
-    launch_grouped(
-        x.x_ND, x.scale_N1, weight_SOI, scale, counts_S, y_PNO, _FORMS[form], tiles,
-        swiglu=swiglu, word_order=swiglu and form == "int4",
-    )  # fmt: skip
+    arguments = x.x_ND, x.scale_N1, weight_SOI, scale, counts_S, y_PNO, _FORMS[form]
+    word_order = swiglu and form == "int4"
+    if isinstance(tiles, Tiles):
+        launch_grouped(*arguments, tiles, swiglu=swiglu, word_order=word_order)
+    else:
+        launch_few_rows(*arguments, tiles, swiglu=swiglu, word_order=word_order)
     return y_PNO
 
 

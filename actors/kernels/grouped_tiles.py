@@ -5,11 +5,13 @@ So an expert computes the same bits wherever it lies, and goes on to do so when 
 steps so large that other kernels take them.
 """
 
+from actors.kernels.few_rows_triton import FewRowsTiles
 from actors.kernels.grouped_triton import Tiles
 from actors.kernels.route import Form
 
 MIN_PROGRAMS = 264  # two for each multiprocessor of an H200
 MAX_FEW_ROWS = 16
+MAX_FEW_INT4_ROWS = 64
 
 
 def choose_tiles(form: Form, num_rows: int, inputs: int, num_slots: int, outputs: int, *, swiglu: bool) -> Tiles:
@@ -34,3 +36,13 @@ def choose_tiles(form: Form, num_rows: int, inputs: int, num_slots: int, outputs
     while not swiglu and split < 8 and programs * split < MIN_PROGRAMS and inputs // 64 >= 8 * split:
         split *= 2
     return Tiles(outputs=64, rows=rows, inputs=64, split=split, warps=4, stages=5)
+
+
+def choose_few_rows(form: Form, num_rows: int, inputs: int, outputs: int, *, swiglu: bool) -> FewRowsTiles | None:
+    """Tiles of the kernel of few rows where it is ahead, for `num_rows` rows of all slots together; else None."""
+    if form != "int4" or num_rows > MAX_FEW_INT4_ROWS or inputs % 512 != 0:
+        return None
+    if swiglu:
+        return FewRowsTiles(outputs=64, rows=8, inputs=128, warps=4 if num_rows == 1 else 2, stages=3)
+    split = 4 if num_rows * outputs < MIN_PROGRAMS * 128 and inputs % 2048 == 0 else 1
+    return FewRowsTiles(outputs=64, rows=8, inputs=128, warps=4, stages=3, split=split)

@@ -20,58 +20,60 @@ GROUP_WORDS = tl.constexpr(16)  # int32 words of a group of 128 inputs
 GROUP = tl.constexpr(128)
 
 
-@triton.jit
-def unpack_words(words, DTYPE: tl.constexpr, IN_ASM: tl.constexpr):
-    """Eight tensors from int32 words: nibbles 0, 4, 1, 5, 2, 6, 3, 7, less 8. In assembly they are bf16:
+def _unpacking(subtraction: str) -> str:
+    """PTX: four pairs of bf16 out of a word; a nibble or-ed into the significand of 128.0 is 128 + nibble, exactly.
 
-    a nibble or-ed into the significand of 128.0 is 128 + nibble, exactly; two of them lie 16 bits apart, so that one
-    mask, one or (one instruction together) and one subtraction of 136 make a pair.
+    Two of them lie 16 bits apart, so that one mask and one or (one instruction together) make a pair.
+    """
+    pairs = "".join(
+        f"""
+            shr.u32 rest, $8, {4 * n};
+            lop3.b32 pair, rest, 0x000F000F, 0x43004300, 0xEA;
+            {subtraction}
+            mov.b32 {{${2 * n}, ${2 * n + 1}}}, pair;
+        """
+        for n in range(4)
+    )
+    return f"{{ .reg .b32 pair, rest, base; mov.b32 base, 0x43084308; {pairs} }}"
+
+
+UNPACK = tl.constexpr(_unpacking("sub.rn.bf16x2 pair, pair, base;"))
+UNPACK_RAISED = tl.constexpr(_unpacking(""))
+RAISED = tl.constexpr(136.0)  # what is too much in values that were unpacked without the subtraction
+
+
+@triton.jit
+def unpack_words(words, DTYPE: tl.constexpr, IN_ASM: tl.constexpr, IS_RAISED: tl.constexpr):
+    """Eight tensors from int32 words: nibbles 0, 4, 1, 5, 2, 6, 3, 7, less 8; plus RAISED if so asked.
+
+    In assembly they are bf16.
     """
     if IN_ASM:
         return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 pair, rest, base;
-            mov.b32 base, 0x43084308;
-            lop3.b32 pair, $8, 0x000F000F, 0x43004300, 0xEA;
-            sub.rn.bf16x2 pair, pair, base;
-            mov.b32 {$0, $1}, pair;
-            shr.u32 rest, $8, 4;
-            lop3.b32 pair, rest, 0x000F000F, 0x43004300, 0xEA;
-            sub.rn.bf16x2 pair, pair, base;
-            mov.b32 {$2, $3}, pair;
-            shr.u32 rest, $8, 8;
-            lop3.b32 pair, rest, 0x000F000F, 0x43004300, 0xEA;
-            sub.rn.bf16x2 pair, pair, base;
-            mov.b32 {$4, $5}, pair;
-            shr.u32 rest, $8, 12;
-            lop3.b32 pair, rest, 0x000F000F, 0x43004300, 0xEA;
-            sub.rn.bf16x2 pair, pair, base;
-            mov.b32 {$6, $7}, pair;
-            }
-            """,
+            UNPACK_RAISED if IS_RAISED else UNPACK,
             "=h,=h,=h,=h,=h,=h,=h,=h,r",
             [words],
             dtype=(tl.bfloat16,) * 8,
             is_pure=True,
             pack=1,
         )
+    less: tl.constexpr = 8 - 136 if IS_RAISED else 8
     return (
-        ((words & 15) - 8).to(DTYPE),
-        (((words >> 16) & 15) - 8).to(DTYPE),
-        (((words >> 4) & 15) - 8).to(DTYPE),
-        (((words >> 20) & 15) - 8).to(DTYPE),
-        (((words >> 8) & 15) - 8).to(DTYPE),
-        (((words >> 24) & 15) - 8).to(DTYPE),
-        (((words >> 12) & 15) - 8).to(DTYPE),
-        (((words >> 28) & 15) - 8).to(DTYPE),
+        ((words & 15) - less).to(DTYPE),
+        (((words >> 16) & 15) - less).to(DTYPE),
+        (((words >> 4) & 15) - less).to(DTYPE),
+        (((words >> 20) & 15) - less).to(DTYPE),
+        (((words >> 8) & 15) - less).to(DTYPE),
+        (((words >> 24) & 15) - less).to(DTYPE),
+        (((words >> 12) & 15) - less).to(DTYPE),
+        (((words >> 28) & 15) - less).to(DTYPE),
     )
 
 
 @triton.jit
 def group_in_word_order(words, DTYPE: tl.constexpr, IN_ASM: tl.constexpr, BLOCK_O: tl.constexpr):
     """[BLOCK_O, 128] from [BLOCK_O, 16] words, columns in word order: no value leaves its thread."""
-    a0, b0, a1, b1, a2, b2, a3, b3 = unpack_words(words, DTYPE, IN_ASM)
+    a0, b0, a1, b1, a2, b2, a3, b3 = unpack_words(words, DTYPE, IN_ASM, False)
     pairs_even = tl.join(tl.join(a0, b0), tl.join(a2, b2))  # [o, word, half, pair / 2]
     pairs_odd = tl.join(tl.join(a1, b1), tl.join(a3, b3))
     return tl.join(pairs_even, pairs_odd).permute(0, 3, 4, 1, 2).reshape(BLOCK_O, 128)
@@ -98,6 +100,40 @@ def find_rows(counts_ptr, tile, num_slots, BLOCK_T: tl.constexpr, SLOTS: tl.cons
     first_tile = tl.sum(tl.where(slots < slot, tiles, 0), 0)
     count = tl.sum(tl.where(slots == slot, counts, 0), 0)
     return slot, first_row + (tile - first_tile) * BLOCK_T, first_row + count
+
+
+@triton.jit
+def weight_rows(tile_o, outputs, SWIGLU: tl.constexpr, BLOCK_O: tl.constexpr):
+    """The rows of a weight that a tile of outputs reads; with SWIGLU first the gates, then their ups."""
+    if SWIGLU:
+        num_features = outputs // 2
+        i = tl.arange(0, BLOCK_O)
+        feature = tl.minimum(tile_o * (BLOCK_O // 2) + i % (BLOCK_O // 2), num_features - 1)
+        return tl.where(i < BLOCK_O // 2, feature, feature + num_features)
+    return tl.minimum(tile_o * BLOCK_O + tl.arange(0, BLOCK_O), outputs - 1)
+
+
+@triton.jit
+def gated(acc, ROUND: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr):
+    """silu(gate) * up, [BLOCK_O / 2, BLOCK_T], of a tile that `weight_rows` made; rounded where a model in ROUND does."""
+    gate, up = tl.split(acc.reshape(2, BLOCK_O // 2, BLOCK_T).permute(1, 2, 0))
+    gate = gate.to(ROUND).to(tl.float32)
+    silu = (gate / (1.0 + tl.exp(-gate))).to(ROUND).to(tl.float32)
+    return (silu * up.to(ROUND).to(tl.float32)).to(ROUND)
+
+
+@triton.jit
+def write_features(
+    acc, y_ptr, tile_o, tokens, end, num_features, WORD_ORDER: tl.constexpr, FEATURES: tl.constexpr
+):  # fmt: skip
+    """Writes a tile [FEATURES, BLOCK_T] to those rows of y in `tokens` that are before `end`."""
+    features = tile_o * FEATURES + tl.arange(0, FEATURES)
+    at = features
+    if WORD_ORDER:
+        within = features % 128
+        at = features - within + (within % 4) * 32 + within // 8 * 2 + within % 8 // 4
+    mask = (features < num_features)[:, None] & (tokens < end)[None, :]
+    tl.store(y_ptr + tokens[None, :] * num_features + at[:, None], acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows", "tiles_t", "group_o"])
@@ -132,12 +168,7 @@ def grouped_kernel(
         if slot >= SLOTS:
             return
 
-    if SWIGLU:
-        i = tl.arange(0, BLOCK_O)
-        feature = tl.minimum(tile_o * FEATURES + i % FEATURES, num_features - 1)
-        rows_o = tl.where(i < FEATURES, feature, feature + num_features)
-    else:
-        rows_o = tl.minimum(tile_o * BLOCK_O + tl.arange(0, BLOCK_O), outputs - 1)
+    rows_o = weight_rows(tile_o, outputs, SWIGLU, BLOCK_O)
     rows_t = begin + tl.arange(0, BLOCK_T)
     here = rows_t < end
     w_slot = w_ptr + tl.cast(slot, tl.int64) * outputs * stored_inputs
@@ -202,21 +233,10 @@ def grouped_kernel(
             w_scale = tl.load(w_scale_ptr + tl.cast(slot, tl.int64) * outputs + rows_o)
             acc = acc * w_scale[:, None] * tl.load(x_scale_ptr + rows_t, mask=here, other=0.0)[None, :]
 
-    tokens = (begin + tl.arange(0, BLOCK_T)).to(tl.int64)
-    features = tile_o * FEATURES + tl.arange(0, FEATURES)
-    mask = (features < num_features)[:, None] & (tokens < end)[None, :]
     if SWIGLU:
-        halves = acc.reshape(2, FEATURES, BLOCK_T).permute(1, 2, 0)
-        gate, up = tl.split(halves)
-        gate = gate.to(ROUND).to(tl.float32)
-        silu = (gate / (1.0 + tl.exp(-gate))).to(ROUND).to(tl.float32)
-        acc = silu * up.to(ROUND).to(tl.float32)
-    at = features
-    if WORD_ORDER:
-        within = features % 128
-        at = features - within + (within % 4) * 32 + within // 8 * 2 + within % 8 // 4
-    y_at = y_ptr + (split * num_rows.to(tl.int64) + tokens)[None, :] * num_features + at[:, None]
-    tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=mask)
+        acc = gated(acc, ROUND, BLOCK_O, BLOCK_T)
+    y_part = y_ptr + split * num_rows.to(tl.int64) * num_features
+    write_features(acc, y_part, tile_o, rows_t.to(tl.int64), end, num_features, WORD_ORDER, FEATURES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,6 +252,13 @@ class Tiles:
     stages: int = 4
 
 
+def count_row_tiles(num_rows: int, num_slots: int, block: int, counts_S: Tensor | None) -> int:
+    """Enough tiles of `block` rows for any counts: each slot's last one may be short."""
+    if counts_S is None:
+        return -(-num_rows // block)
+    return num_rows // block + min(num_slots, num_rows)
+
+
 def launch_grouped(
     x_NI: Tensor, x_scale_N1: Tensor | None, weight_SOW: Tensor, scale: Tensor | None, counts_S: Tensor | None,
     y_PNO: Tensor, form: int, tiles: Tiles, *, swiglu: bool = False, word_order: bool = False,
@@ -241,10 +268,7 @@ def launch_grouped(
     num_slots, outputs, stored_inputs = weight_SOW.shape
     features = outputs // 2 if swiglu else outputs
     tiles_o = triton.cdiv(features, tiles.outputs // 2 if swiglu else tiles.outputs)
-    if counts_S is None:
-        tiles_t = triton.cdiv(num_rows, tiles.rows)
-    else:  # each slot's last tile may be short
-        tiles_t = num_rows // tiles.rows + min(num_slots, num_rows)
+    tiles_t = count_row_tiles(num_rows, num_slots, tiles.rows, counts_S)
     grouped_kernel[(tiles_o * tiles_t, tiles.split)](
         x_NI, x_scale_N1, weight_SOW, scale, counts_S, y_PNO,
         num_rows, num_slots, outputs, inputs, stored_inputs, tiles_t, min(tiles.group, tiles_o),

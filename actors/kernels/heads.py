@@ -82,13 +82,14 @@ def _store(kv_THd: Tensor, tokens_NHd: Tensor, write_slots_T: Tensor) -> None:
 
 
 if HAS_TRITON:
+    from actors.kernels.heads_triton import as_kept, turned
 
     @triton.jit  # type: ignore[untyped-decorator]
     def _store_heads_kernel(  # type: ignore[no-untyped-def]
         qkv, tokens, write_slots, rotations, temperatures,
         qkv_stride, slot_stride, rotations_stride, num_heads, num_kv_heads, eps,
-        ROTATES: tl.constexpr, NORMS: tl.constexpr, TEMPERS: tl.constexpr, SATURATES: tl.constexpr,
-        FP8_LIMIT: tl.constexpr, BLOCK_H: tl.constexpr, HEAD_DIM: tl.constexpr,
+        ROTATES: tl.constexpr, NORMS: tl.constexpr, TEMPERS: tl.constexpr, BLOCK_H: tl.constexpr,
+        HEAD_DIM: tl.constexpr,
     ):  # fmt: skip
         """One program per token and BLOCK_H heads, which may be of all three kinds."""
         token = tl.program_id(0).to(tl.int64)
@@ -100,16 +101,7 @@ if HAS_TRITON:
         at = qkv + token * qkv_stride + head[:, None] * HEAD_DIM + dims[None, :]
         x_Hd = tl.load(at, mask=exists, other=0.0)
         if ROTATES:
-            pair = tl.arange(0, HEAD_DIM // 2)
-            cos_R = tl.load(rotations + token * rotations_stride + 2 * pair)[None, :]
-            sin_R = tl.load(rotations + token * rotations_stride + 2 * pair + 1)[None, :]
-            even_HR, odd_HR = tl.split(tl.reshape(x_Hd.to(tl.float32), (BLOCK_H, HEAD_DIM // 2, 2)))
-            turned_HR2 = tl.join(even_HR * cos_R - odd_HR * sin_R, even_HR * sin_R + odd_HR * cos_R)
-            y_Hd = tl.reshape(turned_HR2, (BLOCK_H, HEAD_DIM)).to(dtype)
-            if NORMS:
-                exact_Hd = y_Hd.to(tl.float32)
-                squares_H = tl.sum(exact_Hd * exact_Hd, axis=1) / HEAD_DIM
-                y_Hd = (exact_Hd * tl.rsqrt(squares_H + eps)[:, None]).to(dtype)
+            y_Hd = turned(x_Hd, rotations + token * rotations_stride, eps, BLOCK_H, HEAD_DIM, NORMS)
             x_Hd = tl.where(is_qk, y_Hd, x_Hd)
             tl.store(at, x_Hd, mask=is_qk)
         elif TEMPERS:
@@ -119,12 +111,7 @@ if HAS_TRITON:
         slot = tl.load(write_slots + token).to(tl.int64)
         is_kept = exists & (head >= num_heads)[:, None] & (slot >= 0)
         place = tokens + slot * slot_stride + (head - num_heads)[:, None] * HEAD_DIM + dims[None, :]
-        if SATURATES:
-            exact_Hd = tl.minimum(x_Hd.to(tl.float32), FP8_LIMIT, propagate_nan=tl.PropagateNan.ALL)
-            exact_Hd = tl.maximum(exact_Hd, -FP8_LIMIT, propagate_nan=tl.PropagateNan.ALL)
-            tl.store(place, exact_Hd.to(tokens.dtype.element_ty), mask=is_kept)
-        else:
-            tl.store(place, x_Hd, mask=is_kept)
+        tl.store(place, as_kept(x_Hd.to(tl.float32), tokens), mask=is_kept)
 
 
 def _with_triton(
@@ -147,6 +134,5 @@ def _with_triton(
         qkv_TN.stride(0), tokens_NHd.stride(0), 0 if rotations_TR2 is None else rotations_TR2.stride(0),
         heads.num_heads, heads.num_kv_heads, 0.0 if heads.qk_norm_eps is None else heads.qk_norm_eps,
         ROTATES=rotates, NORMS=heads.qk_norm_eps is not None, TEMPERS=not rotates and temperatures_T is not None,
-        SATURATES=tokens_NHd.dtype == torch.float8_e4m3fn, FP8_LIMIT=FP8_MAX,
         BLOCK_H=_HEADS_PER_PROGRAM, HEAD_DIM=heads.head_dim, num_warps=4 if heads.head_dim >= 128 else 1,
     )  # fmt: skip

@@ -118,8 +118,11 @@ class Exchange:
     """One rank's end of it: the areas, who is who, how far it is, and how long it waits.
 
     `rank` is this rank; `source` and `destination` its numbers in the two lists, -1 where it is not in one.
-    `source_ranks_S`, `destination_ranks_P`: int32, on the device. `state`: int64 [3] on the device, zeros at first.
-    `host`: int64 [2], zeros at first, in memory that host and device reach.
+    `source_ranks_S`, `destination_ranks_P`: int32, on the device; -1 in places of destinations that nobody has.
+    `state`: int64 [3] on the device, at first two numbers that are the same on all ranks and those of no flag in the
+    areas yet, and a zero.
+    `host`: int64 [2], zeros at first, in memory that host and device reach. `partner_state`: the state of an exchange
+    whose waits end when these are given up, and the other way round; this one's own where there is none.
     """
 
     areas: PeerAreas
@@ -129,6 +132,7 @@ class Exchange:
     source_ranks_S: Tensor
     destination_ranks_P: Tensor
     state: Tensor
+    partner_state: Tensor
     host: Tensor
     timeout_s: float
 

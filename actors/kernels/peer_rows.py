@@ -99,7 +99,7 @@ def _push_rows(
     rows_ND = (x_TD[:, None].float() * scores_TK[..., None].float()).flatten(0, 1).to(x_TD.dtype)
     chosen_N = torch.full((num_rows,), -1, dtype=torch.int32)
     first = exchange.source * turn.block_rows
-    for rank in destination_ranks:
+    for rank in filter(_is_there, destination_ranks):
         areas.words(rank, layout.arrivals_at(turn.parity, exchange.source), 1)[0] = _word(sequence, num_rows)
     for row, expert in enumerate(expert_ids_TK.flatten().tolist()):
         destination, slot = -1, -1
@@ -109,7 +109,7 @@ def _push_rows(
             destination, slot = key >> SLOT_BITS, key & SLOT_MASK
             chosen_N[row] = rank = destination_ranks[destination]
             areas.rows(rank, layout.rows_at(turn.parity, first + row), 1)[0] = rows_ND[row]
-        for number, rank in enumerate(destination_ranks):
+        for number, rank in filter(lambda place: _is_there(place[1]), enumerate(destination_ranks)):
             carried = slot + 1 if number == destination else 0
             areas.words(rank, layout.row_flags_at(turn.parity, first + row), 1)[0] = _word(sequence, carried)
     return chosen_N
@@ -156,10 +156,14 @@ def _combine_results(exchange: Exchange, turn: Turn, chosen_N: Tensor, experts_p
         if rank >= 0 and _await_word(exchange, flags_N[row], sequence, 0, rank):
             y_ND[row] = results_ND[row]
     finished_P = areas.words(exchange.rank, layout.finished, layout.num_destinations)
-    for number, rank in enumerate(exchange.destination_ranks_P.tolist()):
+    for number, rank in filter(lambda place: _is_there(place[1]), enumerate(exchange.destination_ranks_P.tolist())):
         _await_word(exchange, finished_P[number], sequence - turn.lag, 0, rank)
     state[CLOSED] = sequence
     return y_ND.view(-1, experts_per_token, layout.hidden).sum(1).to(layout.dtype)
+
+
+def _is_there(rank: int) -> bool:
+    return rank >= 0
 
 
 def _word(sequence: int, carried: int) -> int:
@@ -167,11 +171,14 @@ def _word(sequence: int, carried: int) -> int:
 
 
 def _await_word(exchange: Exchange, word: Tensor, sequence: int, shift: int, rank: int) -> int:
-    """The word once it holds `sequence` or a later one; 0 if that was given up, and `rank` is blamed for it."""
+    """The word once it holds `sequence` or a later one; 0 if that was given up, and `rank` is blamed for it, unless the
+    partner had given up before.
+    """
     deadline_s = time.monotonic() + exchange.timeout_s
     while (value := int(word)) >> shift < sequence:
-        if exchange.state[BLAMED] or exchange.host[ABORT] or time.monotonic() > deadline_s:
-            if not exchange.state[BLAMED]:
+        has_partner_blamed = bool(exchange.partner_state[BLAMED])
+        if exchange.state[BLAMED] or has_partner_blamed or exchange.host[ABORT] or time.monotonic() > deadline_s:
+            if not exchange.state[BLAMED] and not has_partner_blamed:
                 exchange.state[BLAMED] = exchange.host[REPORTED] = rank + 1
             return 0
         time.sleep(POLL_S)

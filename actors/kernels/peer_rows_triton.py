@@ -50,25 +50,30 @@ _MAX_WARPS = 8
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _await_word(
-    word, sequence, rank, state, host, timeout_ns, SHIFT: tl.constexpr, LANES: tl.constexpr, IS_TIMED: tl.constexpr
+    word, sequence, rank, state, partner, host, timeout_ns,
+    SHIFT: tl.constexpr, LANES: tl.constexpr, IS_TIMED: tl.constexpr,
 ):  # fmt: skip
-    """(whether the word came to hold `sequence` or a later one, the word). Blames `rank` if it did not."""
+    """(whether the word came to hold `sequence` or a later one, the word). Blames `rank` if it did not, and the partner
+    had not given up before.
+    """
     lanes = tl.arange(0, LANES)
     value = read_by_one(word, lanes)
     if (value >> SHIFT) < sequence:
         began_ns = now_ns(lanes, IS_TIMED)
-        blamed = state + _BLAMED
+        blamed, of_partner = state + _BLAMED, partner + _BLAMED
         polls, over = 0, 0
         while ((value >> SHIFT) < sequence) & (over == 0):
             value = read_by_one(word, lanes)
             polls += 1
-            over = is_over(lanes, began_ns, polls, blamed, blamed, host + _ABORT, timeout_ns, IS_TIMED)
+            over = is_over(lanes, began_ns, polls, blamed, of_partner, host + _ABORT, timeout_ns, IS_TIMED)
     value = tl.atomic_add(word, sequence * 0, sem="acquire", scope="sys")
     has_come = (value >> SHIFT) >= sequence
     if has_come == 0:
-        blame = (sequence * 0) + rank + 1
-        if tl.atomic_cas(state + _BLAMED, sequence * 0, blame) == 0:
-            tl.store(host + _REPORTED, blame)
+        told = read_by_one(partner + _BLAMED, lanes)
+        if told == 0:
+            blame = (sequence * 0) + rank + 1
+            if tl.atomic_cas(state + _BLAMED, sequence * 0, blame) == 0:
+                tl.store(host + _REPORTED, blame)
     return has_come, value
 
 
@@ -91,8 +96,8 @@ def _push_rows_kernel(
     expert = tl.load(ids + row, mask=is_row, other=-1)
     sequence = tl.load(state + _CLOSED) + 1
     numbers = tl.arange(0, DESTINATIONS_BLOCK)
-    is_one = numbers < DESTINATIONS
-    ranks = tl.load(destination_ranks + numbers, mask=is_one, other=0)
+    ranks = tl.load(destination_ranks + numbers, mask=numbers < DESTINATIONS, other=-1)
+    is_one = ranks >= 0
     peers = tl.load(bases + ranks, mask=is_one, other=0)
     columns = tl.arange(0, BLOCK)
     inside = (columns < D) & is_row
@@ -130,7 +135,7 @@ def _push_rows_kernel(
 
 @triton.jit(do_not_specialize=["at_arrivals", "at_flags", "block_rows"])  # type: ignore[untyped-decorator]
 def _await_rows_kernel(
-    words, slots, source_ranks, state, host, at_arrivals, at_flags, block_rows, timeout_ns,
+    words, slots, source_ranks, state, partner, host, at_arrivals, at_flags, block_rows, timeout_ns,
     OPENS: tl.constexpr, LANES: tl.constexpr, IS_TIMED: tl.constexpr,
 ):  # fmt: skip
     """One program of one warp per source and row of its block."""
@@ -147,9 +152,13 @@ def _await_rows_kernel(
     row = source * block_rows + place
     arrival = words + at_arrivals // _WORD_BYTES + source
     flag = words + at_flags // _WORD_BYTES + row
-    is_told, announced = _await_word(arrival, sequence, rank, state, host, timeout_ns, _SEQUENCE_SHIFT, LANES, IS_TIMED)
+    is_told, announced = _await_word(
+        arrival, sequence, rank, state, partner, host, timeout_ns, _SEQUENCE_SHIFT, LANES, IS_TIMED
+    )
     if is_told & (place < (announced & _CARRIED_MASK)):
-        has_come, value = _await_word(flag, sequence, rank, state, host, timeout_ns, _SEQUENCE_SHIFT, LANES, IS_TIMED)
+        has_come, value = _await_word(
+            flag, sequence, rank, state, partner, host, timeout_ns, _SEQUENCE_SHIFT, LANES, IS_TIMED
+        )
         if has_come:
             slot = (value & _CARRIED_MASK) - 1
     tl.store(slots + row, slot)
@@ -188,7 +197,7 @@ def _push_results_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens", "lag"])  # type: ignore[untyped-decorator]
 def _combine_results_kernel(
-    results, flags, finished, chosen, y, destination_ranks, state, host, num_tokens, lag, timeout_ns,
+    results, flags, finished, chosen, y, destination_ranks, state, partner, host, num_tokens, lag, timeout_ns,
     K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, DESTINATIONS: tl.constexpr,
     LANES: tl.constexpr, IS_TIMED: tl.constexpr,
 ):  # fmt: skip
@@ -202,7 +211,9 @@ def _combine_results_kernel(
             row = token * K + k
             rank = tl.load(chosen + row)
             if rank >= 0:
-                has_come, _ = _await_word(flags + row, sequence, rank, state, host, timeout_ns, 0, LANES, IS_TIMED)
+                has_come, _ = _await_word(
+                    flags + row, sequence, rank, state, partner, host, timeout_ns, 0, LANES, IS_TIMED
+                )
                 tl.debug_barrier()
                 if has_come:
                     total += tl.load(results + row.to(tl.int64) * D + columns, mask=columns < D, other=0.0).to(
@@ -212,7 +223,10 @@ def _combine_results_kernel(
     if token == 0:
         for number in range(DESTINATIONS):
             rank = tl.load(destination_ranks + number)
-            _await_word(finished + number, sequence - lag, rank, state, host, timeout_ns, 0, LANES, IS_TIMED)
+            if rank >= 0:
+                _await_word(
+                    finished + number, sequence - lag, rank, state, partner, host, timeout_ns, 0, LANES, IS_TIMED
+                )
         tl.store(state + _CLOSED, sequence)
 
 
@@ -308,8 +322,8 @@ def _await_rows(exchange: Exchange, turn: Turn, slots_N: Tensor) -> _Launch:
     layout, state = exchange.areas.layout, exchange.state
     arguments = (
         exchange.areas.words(exchange.rank, 0, layout.num_bytes // WORD_BYTES), slots_N, exchange.source_ranks_S,
-        state, exchange.host, layout.arrivals_at(turn.parity, 0), layout.row_flags_at(turn.parity, 0),
-        turn.block_rows, _timeout_ns(exchange),
+        state, exchange.partner_state, exchange.host, layout.arrivals_at(turn.parity, 0),
+        layout.row_flags_at(turn.parity, 0), turn.block_rows, _timeout_ns(exchange),
     )  # fmt: skip
     options = {"OPENS": exchange.source < 0, "LANES": 32, "IS_TIMED": state.is_cuda, "num_warps": 1}
     return _Launch(_await_rows_kernel, (layout.num_sources, turn.block_rows), arguments, options)
@@ -337,7 +351,7 @@ def _combine_results(exchange: Exchange, turn: Turn, chosen_N: Tensor, y_TD: Ten
         areas.rows(exchange.rank, layout.results, layout.capacity),
         areas.words(exchange.rank, layout.result_flags, layout.capacity),
         areas.words(exchange.rank, layout.finished, layout.num_destinations),
-        chosen_N, y_TD, exchange.destination_ranks_P, exchange.state, exchange.host,
+        chosen_N, y_TD, exchange.destination_ranks_P, exchange.state, exchange.partner_state, exchange.host,
         num_tokens, turn.lag, _timeout_ns(exchange),
     )  # fmt: skip
     shape = _row_options(exchange)

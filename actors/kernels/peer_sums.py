@@ -4,11 +4,11 @@ Owns the layout of a rank's area, the order of calls, and that every wait ends: 
 says so. Nothing waits for the host and no shape depends on data, so all of it can be captured and replayed. Knows
 nothing of how areas are mapped (`dispatch/peer_memory.py`). On a CPU, areas are those of threads of one process.
 
-Every rank makes the same calls with the same shapes in the same order. Calls are numbered on the device, and odd and
-even ones use different halves of each field: a rank at call n + 2 was answered in call n + 1 by all others, so that
-nobody reads what was sent in call n any more. Sums are in fp32 in one order and rounded once, so that all ranks get
-the same bits. Once a wait was given up, later ones end after a few polls, and results are garbage: see
-`PeerSums`.
+Every rank makes the same calls with the same shapes in the same order. Every program of the calls counts its own, on
+the device, and odd and even ones use different halves of each field: one at call n + 2 was answered in call n + 1 by
+its peers in all other ranks, so that nobody reads what it sent in call n any more. Sums are in fp32 in one order and
+rounded once, so that all ranks get the same bits. Once a wait was given up, later ones end after a few polls, and
+results are garbage: see `PeerSums`.
 """
 
 import time
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from actors.kernels.largest import largest
 from actors.kernels.norm import add_rms_norm
 from actors.kernels.triton_here import HAS_TRITON
 
@@ -26,8 +27,10 @@ SENT_BYTES = 8
 LINE_BYTES = 128
 PARITIES = 2
 
-SEQUENCE, FINISHED, BLAMED = 0, 1, 2
-"""Words of `PeerSums.state`: number of the last call; programs that are done with this one; 1 + who was given up."""
+SEQUENCE, FINISHED, BLAMED, CALLS = 0, 1, 2, 3
+"""Words of a rank's state on the device: number of the last call; programs that are done with this one; 1 + who was
+given up. Sums have, instead of the first two, from CALLS on each program's number of calls: of a row, or of a chunk.
+"""
 
 ABORT, REPORTED = 0, 1
 """Words of `PeerSums.host`: set by the host to end all waits; BLAMED, for the host to read."""
@@ -46,8 +49,9 @@ class SumLayout:
 
     Rows of `hidden` elements of `dtype`: up to `whole_rows` at a time are sent whole to every rank (`whole`), up to
     `sliced_rows` in slices, each summed by one rank (`slices`) and then sent to all (`sums`). Rows must divide into one
-    slice for the one, into `world` for the other. Gathers of up to
-    `gather_bytes` of each rank at a time are read from `gathered`, chunk by chunk as `gather_flags` say so.
+    slice for the one, into `world` for the other. From `flagged_rows` on (0: never) slices lie in `plain_slices` and
+    `plain_sums`, and are there as `row_flags` say so. Gathers of up to `gather_bytes` of each rank at a time are read
+    from `gathered`, chunk by chunk as `gather_flags` say so.
     """
 
     world: int
@@ -56,6 +60,7 @@ class SumLayout:
     whole_rows: int
     sliced_rows: int
     gather_bytes: int
+    flagged_rows: int = 0
 
     @property
     def row_words(self) -> int:
@@ -68,6 +73,10 @@ class SumLayout:
     @property
     def gather_programs(self) -> int:
         return -(-self.gather_bytes // (GATHER_WORDS * WORD_BYTES))
+
+    @property
+    def state_words(self) -> int:
+        return CALLS + max(self.whole_rows, self.sliced_rows, self.gather_programs)
 
     @property
     def slices(self) -> int:
@@ -86,8 +95,24 @@ class SumLayout:
         return self.gathered + _aligned(PARITIES * self.gather_bytes)
 
     @property
-    def blame(self) -> int:
+    def plain_slices(self) -> int:
         return self.gather_flags + _aligned(PARITIES * self.world * self.gather_programs * SENT_BYTES)
+
+    @property
+    def plain_sums(self) -> int:
+        return self.plain_slices + _aligned(PARITIES * self._most_flagged * self.row_words * WORD_BYTES)
+
+    @property
+    def row_flags(self) -> int:
+        return self.plain_sums + _aligned(PARITIES * self._most_flagged * self.row_words * WORD_BYTES)
+
+    @property
+    def blame(self) -> int:
+        return self.row_flags + _aligned(2 * PARITIES * self.world * self._most_flagged * SENT_BYTES)
+
+    @property
+    def _most_flagged(self) -> int:
+        return self.sliced_rows if self.flagged_rows else 0
 
     @property
     def num_bytes(self) -> int:
@@ -99,8 +124,8 @@ class PeerSums:
     """One rank's end of it. `rank` is its index among those that sum, and in all that is ordered by rank here.
 
     `buffers[rank]`: uint8 [layout.num_bytes], zeros at first; `bases`: their addresses, int64 [world], on the device.
-    `state`: int64 [3] on the device, zeros at first. `host`: int64 [2], zeros at first, in memory that host and device
-    reach.
+    `state`: int64 [layout.state_words] on the device, zeros at first. `host`: int64 [2], zeros at first, in memory that
+    host and device reach.
     """
 
     layout: SumLayout
@@ -183,6 +208,29 @@ def gather_columns(peers: PeerSums, x_BV: Tensor) -> Tensor:
     return out_BV
 
 
+def largest_columns(peers: PeerSums, x_BV: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 [B] and int64 [B]: the largest of what `gather_columns` would return and its column, as `largest` has it.
+
+    x_BV has contiguous rows, at most `max_rows` of them. Raises ValueError.
+    """
+    if not 0 < x_BV.shape[0] <= peers.max_rows:
+        raise ValueError(f"{x_BV.shape[0]} rows do not fit an area of {peers.max_rows}")
+    if x_BV.is_cuda and HAS_TRITON:
+        from actors.kernels import peer_sums_triton
+
+        return peer_sums_triton.largest_columns(peers, x_BV)
+    values_B, columns_B = largest(x_BV)
+    mine_B2 = torch.stack((values_B.view(torch.int32), columns_B.int()), dim=1)
+    of_all_BW2 = gather_columns(peers, mine_B2).unflatten(1, (peers.layout.world, 2))
+    return first_largest(of_all_BW2[..., 0].contiguous().view(torch.float32), of_all_BW2[..., 1], x_BV.shape[1])
+
+
+def first_largest(values_BW: Tensor, columns_BW: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """What `largest` says of W parts of `width` columns each, from what it said of each of them."""
+    values_B1, of_rank_B1 = values_BW.max(1, keepdim=True)
+    return values_B1[:, 0], (columns_BW.gather(1, of_rank_B1) + of_rank_B1 * width)[:, 0]
+
+
 def _check_rows(peers: PeerSums, parts: Sequence[Tensor]) -> None:
     layout = peers.layout
     shape, dtype = parts[0].shape, parts[0].dtype
@@ -198,7 +246,7 @@ def _check_rows(peers: PeerSums, parts: Sequence[Tensor]) -> None:
 def _sum(peers: PeerSums, parts: Sequence[Tensor]) -> Tensor:
     """Everything is sent whole, a row's bytes before its number."""
     layout, x_TD = peers.layout, parts[0] if len(parts) == 1 else parts[0] + parts[1]
-    sequence = int(peers.state[SEQUENCE]) + 1
+    sequence = int(peers.state[CALLS]) + 1
     num_rows, capacity = x_TD.shape[0], max(layout.whole_rows, layout.sliced_rows)
     half = sequence % PARITIES * layout.gather_bytes  # of the gather's room, which the reference uses for all
     own = peers.buffers[peers.rank]
@@ -215,12 +263,12 @@ def _sum(peers: PeerSums, parts: Sequence[Tensor]) -> Tensor:
     total_TD = terms[0].float()
     for term_TD in terms[1:]:
         total_TD = total_TD + term_TD.float()
-    peers.state[SEQUENCE] = sequence
+    peers.state[CALLS] = sequence
     return total_TD.to(layout.dtype)
 
 
 def _gather(peers: PeerSums, x_BV: Tensor, out_BV: Tensor) -> None:
-    layout, sequence = peers.layout, int(peers.state[SEQUENCE]) + 1
+    layout, sequence = peers.layout, int(peers.state[CALLS]) + 1
     half, num_bytes = sequence % PARITIES * layout.gather_bytes, x_BV.numel() * x_BV.element_size()
     own = peers.buffers[peers.rank]
     own[layout.gathered + half :][:num_bytes].view(x_BV.dtype).view(x_BV.shape).copy_(x_BV)
@@ -229,7 +277,7 @@ def _gather(peers: PeerSums, x_BV: Tensor, out_BV: Tensor) -> None:
     for rank, buffer in enumerate(peers.buffers):
         columns = slice(rank * x_BV.shape[1], (rank + 1) * x_BV.shape[1])
         out_BV[:, columns] = buffer[layout.gathered + half :][:num_bytes].view(x_BV.dtype).view(x_BV.shape)
-    peers.state[SEQUENCE] = sequence
+    peers.state[CALLS] = sequence
 
 
 def _flag(buffer: Tensor, sequence: int, layout: SumLayout, rank: int) -> Tensor:

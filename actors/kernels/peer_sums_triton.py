@@ -16,19 +16,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from actors.kernels.largest_triton import as_key, block_of, largest_of_row, value_of
 from actors.kernels.peer_sums import (
     ABORT,
     BLAMED,
-    FINISHED,
+    CALLS,
     GATHER_WORDS,
     REPORTED,
-    SEQUENCE,
     PeerSums,
 )
 from actors.kernels.peer_waits_triton import is_over, now_ns, read_by_one
 
-_SEQUENCE = tl.constexpr(SEQUENCE)
-_FINISHED = tl.constexpr(FINISHED)
+_CALLS = tl.constexpr(CALLS)
 _BLAMED = tl.constexpr(BLAMED)
 _ABORT = tl.constexpr(ABORT)
 _REPORTED = tl.constexpr(REPORTED)
@@ -135,25 +134,26 @@ def _receive(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _close(state, sequence):
-    """The last program to end counts the call."""
-    tl.debug_barrier()
-    finished = tl.atomic_add(state + _FINISHED, sequence * 0 + 1, sem="acq_rel")
-    if finished == tl.num_programs(0) - 1:
-        tl.store(state + _FINISHED, sequence * 0)
-        tl.store(state + _SEQUENCE, sequence)
+def _residual(h, weight, h_at, columns, inside, ADDS: tl.constexpr, NORMS: tl.constexpr):
+    """The words of h and of the norm's weight that a row's sum meets: read before anybody is waited for."""
+    words = tl.zeros(h_at.shape, tl.int32)
+    weights = words
+    if ADDS:
+        words = tl.load(h + h_at, mask=inside, other=0)
+    if NORMS:
+        weights = tl.load(weight + columns, mask=inside, other=0)
+    return words, weights
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _finish_row(
-    low, high, h, out, weight, h_at, out_at, columns, inside, eps, WIDTH: tl.constexpr, DTYPE: tl.constexpr,
+    low, high, words, weights, h, out, h_at, out_at, inside, eps, WIDTH: tl.constexpr, DTYPE: tl.constexpr,
     ADDS: tl.constexpr, NORMS: tl.constexpr,
 ):  # fmt: skip
     """What becomes of a row's sum, which is rounded already: stored, added to h, or added and normed."""
     if not ADDS:
         tl.store(out + out_at, _packed(low, high, DTYPE), mask=inside)
     else:
-        words = tl.load(h + h_at, mask=inside, other=0)
         words = _packed(_low(words, DTYPE) + low, _high(words, DTYPE) + high, DTYPE)
         tl.store(h + h_at, words, mask=inside)
         if NORMS:
@@ -161,7 +161,6 @@ def _finish_row(
             high = tl.where(inside, _high(words, DTYPE), 0.0)
             scale = tl.rsqrt(tl.sum(low * low + high * high) / WIDTH + eps)
             words = _packed(low * scale, high * scale, DTYPE)
-            weights = tl.load(weight + columns, mask=inside, other=0)
             words = _packed(
                 _low(words, DTYPE) * _low(weights, DTYPE), _high(words, DTYPE) * _high(weights, DTYPE), DTYPE
             )
@@ -183,30 +182,34 @@ def _sum_whole_kernel(
     WORLD_BLOCK: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr, TWO: tl.constexpr, ADDS: tl.constexpr,
     NORMS: tl.constexpr, LANES: tl.constexpr, IS_TIMED: tl.constexpr,
 ):  # fmt: skip
-    """One program per row: sends it whole to every rank, and sums what comes."""
+    """One program per row: sends it whole to every other rank, and sums what comes."""
     row = tl.program_id(0).to(tl.int64)
-    sequence = tl.load(state + _SEQUENCE) + 1
+    sequence = tl.load(state + _CALLS + row) + 1
     number = sequence.to(tl.int32)
     columns = tl.arange(0, BLOCK)
     inside = columns < WORDS
     words = _part_words(a, b, row * a_stride + columns, row * b_stride + columns, inside, TWO, DTYPE)
+    old, weights = _residual(h, weight, row * h_stride + columns, columns, inside, ADDS, NORMS)
     half = (sequence & 1) * WORLD
-    for peer in tl.static_range(WORLD):
+    for step in tl.static_range(WORLD - 1):
+        peer = (rank + 1 + step) % WORLD  # all begin with another one
         _send(bases, peer, ((half + rank) * CAPACITY + row) * (WORDS * 8), words, columns, inside, number)
     sources = tl.arange(0, WORLD_BLOCK)
     present = (sources < WORLD)[:, None] & inside[None, :]
+    is_own = (sources == rank)[:, None]
     watched = (columns >= WORDS - _WATCHED_WORDS)[None, :]
     own = (tl.load(bases + rank) + (half * CAPACITY + row) * (WORDS * 8)).to(tl.pointer_type(tl.int64))
     at = tl.multiple_of(own, 16) + sources[:, None].to(tl.int64) * (CAPACITY * WORDS) + columns[None, :]
     arrived = _receive(
-        at, present, watched, number, state, host, bases, rank, at_told, timeout_ns, WORLD, WORLD_BLOCK, LANES, IS_TIMED
+        at, present & (is_own == 0), watched, number, state, host, bases, rank, at_told, timeout_ns, WORLD, WORLD_BLOCK,
+        LANES, IS_TIMED,
     )  # fmt: skip
-    total = _total(arrived, present, DTYPE)
+    total = _total(tl.where(is_own, words[None, :], arrived), present, DTYPE)
     _finish_row(
-        _low(total, DTYPE), _high(total, DTYPE), h, out, weight, row * h_stride + columns, row * out_stride + columns,
-        columns, inside, eps, WIDTH, DTYPE, ADDS, NORMS,
+        _low(total, DTYPE), _high(total, DTYPE), old, weights, h, out, row * h_stride + columns,
+        row * out_stride + columns, inside, eps, WIDTH, DTYPE, ADDS, NORMS,
     )  # fmt: skip
-    _close(state, sequence)
+    tl.store(state + _CALLS + row, sequence)
 
 
 @triton.jit(do_not_specialize=["rank", "timeout_ns"])  # type: ignore[untyped-decorator]
@@ -216,49 +219,95 @@ def _sum_sliced_kernel(
     WORLD: tl.constexpr, WORLD_BLOCK: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr, TWO: tl.constexpr,
     ADDS: tl.constexpr, NORMS: tl.constexpr, LANES: tl.constexpr, IS_TIMED: tl.constexpr,
 ):  # fmt: skip
-    """One program per row: sends each rank its slice of the row, sums its own slice, sends that to every rank.
+    """One program per row: sends each other rank its slice of the row, sums its own slice, sends that to every other.
 
     WORDS are of a slice.
     """
     row = tl.program_id(0).to(tl.int64)
-    sequence = tl.load(state + _SEQUENCE) + 1
+    sequence = tl.load(state + _CALLS + row) + 1
     number = sequence.to(tl.int32)
     columns = tl.arange(0, BLOCK)
     inside = columns < WORDS
     half = (sequence & 1) * WORLD
     sent_at = ((half + rank) * CAPACITY + row) * (WORDS * 8)
-    for step in tl.static_range(WORLD):
+    for step in tl.static_range(WORLD - 1):
         peer = (rank + 1 + step) % WORLD  # all begin with another one
         first = peer * WORDS
         words = _part_words(
             a, b, row * a_stride + first + columns, row * b_stride + first + columns, inside, TWO, DTYPE
         )
         _send(bases, peer, at_slices + sent_at, words, columns, inside, number)
+    first = rank * WORDS
+    words = _part_words(a, b, row * a_stride + first + columns, row * b_stride + first + columns, inside, TWO, DTYPE)
     sources = tl.arange(0, WORLD_BLOCK)
     present = (sources < WORLD)[:, None] & inside[None, :]
+    is_own = (sources == rank)[:, None]
+    row_columns = sources[:, None] * WORDS + columns[None, :]
+    old, weights = _residual(h, weight, row * h_stride + row_columns, row_columns, present, ADDS, NORMS)
     watched = (columns >= WORDS - _WATCHED_WORDS)[None, :]
     places = sources[:, None].to(tl.int64) * (CAPACITY * WORDS) + columns[None, :]
     own = tl.load(bases + rank) + (half * CAPACITY + row) * (WORDS * 8)
     at = tl.multiple_of((own + at_slices).to(tl.pointer_type(tl.int64)), 16) + places
     arrived = _receive(
-        at, present, watched, number, state, host, bases, rank, at_told, timeout_ns, WORLD, WORLD_BLOCK, LANES, IS_TIMED
+        at, present & (is_own == 0), watched, number, state, host, bases, rank, at_told, timeout_ns, WORLD, WORLD_BLOCK,
+        LANES, IS_TIMED,
     )  # fmt: skip
-    total = _total(arrived, present, DTYPE)
-    for step in tl.static_range(WORLD):
+    total = _total(tl.where(is_own, words[None, :], arrived), present, DTYPE)
+    for step in tl.static_range(WORLD - 1):
         _send(bases, (rank + 1 + step) % WORLD, at_sums + sent_at, total, columns, inside, number)
     at = tl.multiple_of((own + at_sums).to(tl.pointer_type(tl.int64)), 16) + places
     arrived = _receive(
-        at, present, watched, number, state, host, bases, rank, at_told, timeout_ns, WORLD, WORLD_BLOCK, LANES, IS_TIMED
+        at, present & (is_own == 0), watched, number, state, host, bases, rank, at_told, timeout_ns, WORLD, WORLD_BLOCK,
+        LANES, IS_TIMED,
     )  # fmt: skip
-    row_columns = sources[:, None] * WORDS + columns[None, :]
+    arrived = tl.where(is_own, total[None, :], arrived)
     _finish_row(
-        _low(arrived, DTYPE), _high(arrived, DTYPE), h, out, weight, row * h_stride + row_columns,
-        row * out_stride + row_columns, row_columns, present, eps, WIDTH, DTYPE, ADDS, NORMS,
+        _low(arrived, DTYPE), _high(arrived, DTYPE), old, weights, h, out, row * h_stride + row_columns,
+        row * out_stride + row_columns, present, eps, WIDTH, DTYPE, ADDS, NORMS,
     )  # fmt: skip
-    _close(state, sequence)
+    tl.store(state + _CALLS + row, sequence)
 
 
-@triton.jit(do_not_specialize=["rank", "timeout_ns"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["rank", "timeout_ns", "num_columns"])  # type: ignore[untyped-decorator]
+def _largest_kernel(
+    x, values, columns, bases, state, host, timeout_ns, rank, x_stride, num_columns, at_told, at_area,
+    CAPACITY: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, WORLD: tl.constexpr, WORLD_BLOCK: tl.constexpr,
+    LANES: tl.constexpr, IS_TIMED: tl.constexpr,
+):  # fmt: skip
+    """One program per row: sends every other rank two words, order and column of its largest number.
+
+    They lie where rows of WORDS words do, of which an area at `at_area` has CAPACITY from every rank.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    sequence = tl.load(state + _CALLS + row) + 1
+    number = sequence.to(tl.int32)
+    key = largest_of_row(x + row * x_stride, num_columns, BLOCK)
+    word = tl.arange(0, 2)
+    words = tl.where(word == 0, key >> 32, key).to(tl.int32)
+    half = (sequence & 1) * WORLD
+    for step in tl.static_range(WORLD - 1):
+        at = at_area + ((half + rank) * CAPACITY + row) * (WORDS * 8)
+        _send(bases, (rank + 1 + step) % WORLD, at, words, word, word >= 0, number)
+    sources = tl.arange(0, WORLD_BLOCK)
+    is_own = (sources == rank)[:, None]
+    present = (sources < WORLD)[:, None] & (word >= 0)[None, :]
+    own = tl.load(bases + rank) + at_area + (half * CAPACITY + row) * (WORDS * 8)
+    at = own.to(tl.pointer_type(tl.int64)) + sources[:, None].to(tl.int64) * (CAPACITY * WORDS) + word[None, :]
+    arrived = _receive(
+        at, present & (is_own == 0), present, number, state, host, bases, rank, at_told, timeout_ns, WORLD, WORLD_BLOCK,
+        LANES, IS_TIMED,
+    )  # fmt: skip
+    arrived = tl.where(is_own, words[None, :], arrived)
+    order = tl.sum(tl.where(word[None, :] == 0, arrived, 0), axis=1)
+    column = 0x7FFFFFFF - tl.sum(tl.where(word[None, :] == 1, arrived, 0), axis=1)
+    keys = as_key(order, column + sources * num_columns)
+    best = tl.max(tl.where(sources < WORLD, keys, -0x8000000000000000), axis=0)
+    tl.store(values + row, value_of((best >> 32).to(tl.int32)))
+    tl.store(columns + row, 0x7FFFFFFF - (best & 0x7FFFFFFF))
+    tl.store(state + _CALLS + row, sequence)
+
+
+@triton.jit(do_not_specialize=["rank", "timeout_ns", "num_words", "row_words"])  # type: ignore[untyped-decorator]
 def _gather_kernel(
     x, out, bases, state, host, timeout_ns, rank, num_words, row_words, at_gathered, at_flags, at_told,
     HALF_BYTES: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, WORLD: tl.constexpr,
@@ -266,7 +315,7 @@ def _gather_kernel(
 ):  # fmt: skip
     """One program per chunk of this rank's words: shows it, and copies the same chunk of all ranks."""
     program = tl.program_id(0)
-    sequence = tl.load(state + _SEQUENCE) + 1
+    sequence = tl.load(state + _CALLS + program) + 1
     parity = sequence & 1
     lanes = tl.arange(0, LANES)
     at = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -299,7 +348,7 @@ def _gather_kernel(
         words = tl.load(theirs + at, mask=inside, other=0, cache_modifier=".cv")
         into = at // row_words * (row_words * WORLD) + source * row_words + at % row_words
         tl.store(out + into, words, mask=inside)
-    _close(state, sequence)
+    tl.store(state + _CALLS + program, sequence)
 
 
 # --- launching ------------------------------------------------------------------------------------------------------
@@ -340,6 +389,23 @@ def gather(peers: PeerSums, x_BV: Tensor, out_BV: Tensor) -> None:
     )  # fmt: skip
 
 
+def largest_columns(peers: PeerSums, x_BV: Tensor) -> tuple[Tensor, Tensor]:
+    """See `peer_sums.largest_columns`. Goes through the area that has most rows."""
+    layout, (num_rows, width) = peers.layout, x_BV.shape
+    values_B = torch.empty(num_rows, dtype=torch.float32, device=x_BV.device)
+    columns_B = torch.empty(num_rows, dtype=torch.int64, device=x_BV.device)
+    is_sliced = layout.sliced_rows > layout.whole_rows
+    block, warps = block_of(width)
+    _largest_kernel[(num_rows,)](
+        x_BV, values_B, columns_B, peers.bases, peers.state, peers.host, _timeout_ns(peers), peers.rank,
+        x_BV.stride(0), width, layout.blame, layout.slices if is_sliced else 0,
+        CAPACITY=layout.sliced_rows if is_sliced else layout.whole_rows,
+        WORDS=layout.row_words // layout.world if is_sliced else layout.row_words, BLOCK=block, WORLD=layout.world,
+        WORLD_BLOCK=triton.next_power_of_2(layout.world), LANES=32 * warps, IS_TIMED=x_BV.is_cuda, num_warps=warps,
+    )  # fmt: skip
+    return values_B, columns_B
+
+
 def _launch_sum(
     peers: PeerSums, parts: Sequence[Tensor], h_TD: Tensor | None, out_TD: Tensor | None, weight_D: Tensor | None,
     eps: float,
@@ -372,6 +438,12 @@ def _launch_sum(
     }
     if is_whole:
         _sum_whole_kernel[(num_rows,)](*pointers, **options)
+    elif 0 < layout.flagged_rows <= num_rows:
+        from actors.kernels.peer_sums_flagged_triton import sum_flagged_kernel  # which is made of this module's parts
+
+        sum_flagged_kernel[(num_rows,)](
+            *pointers, layout.plain_slices, layout.plain_sums, layout.row_flags, **options
+        )  # fmt: skip
     else:
         _sum_sliced_kernel[(num_rows,)](*pointers, layout.slices, layout.sums, **options)
 

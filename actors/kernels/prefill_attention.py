@@ -32,23 +32,24 @@ class PackedRuns:
     sizes: tuple[tuple[int, int], ...]
 
 
-def run_attention(q_QHd: Tensor, k_NHd: Tensor, v_NHd: Tensor) -> Tensor:
-    """[Q, Hq * d] of one run, whose last query sees all N keys. Rows may be strided.
+def run_attention(q_QHd: Tensor, k_NHd: Tensor, v_NHd: Tensor, num_runs: int = 1) -> Tensor:
+    """[Q, Hq * d] of one run, whose last query sees all N keys, or of several of the same size. Rows may be strided.
 
-    cuDNN's is the fastest of torch's kernels where N = Q, but builds a plan for every new Q in every thread.
+    cuDNN's is the fastest of torch's kernels where N = Q, but builds a plan for every new Q and number of runs in every
+    thread.
     """
-    q_1HQd, k_1HNd, v_1HNd = (x[None].transpose(1, 2) for x in (q_QHd, k_NHd, v_NHd))
+    q_BHQd, k_BHNd, v_BHNd = (x.unflatten(0, (num_runs, -1)).transpose(1, 2) for x in (q_QHd, k_NHd, v_NHd))
     # The one fused kernel that has fp32 has no grouped queries, and fails where Q < N ("misaligned address").
     backends = [SDPBackend.MATH] if q_QHd.dtype == torch.float32 and q_QHd.is_cuda else _FASTEST_FIRST
     is_square = len(q_QHd) == len(k_NHd)
     with sdpa_kernel(backends, set_priority=True):
-        out_1HQd = F.scaled_dot_product_attention(
-            q_1HQd, k_1HNd, v_1HNd,
-            attn_mask=None if is_square else causal_lower_right(len(q_QHd), len(k_NHd)),
+        out_BHQd = F.scaled_dot_product_attention(
+            q_BHQd, k_BHNd, v_BHNd,
+            attn_mask=None if is_square else causal_lower_right(q_BHQd.shape[2], k_BHNd.shape[2]),
             is_causal=is_square,
-            enable_gqa=q_1HQd.shape[1] != k_1HNd.shape[1],
+            enable_gqa=q_BHQd.shape[1] != k_BHNd.shape[1],
         )  # fmt: skip
-    return out_1HQd[0].transpose(0, 1).flatten(1)
+    return out_BHQd.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 def packed_attention(q_THd: Tensor, k_NHd: Tensor, v_NHd: Tensor, runs: PackedRuns) -> Tensor:

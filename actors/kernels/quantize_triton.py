@@ -23,18 +23,30 @@ def word_order(position):
 
 
 @triton.jit
+def scale_for(largest):
+    """Of numbers up to `largest`, so that they fill FP8's range."""
+    return tl.where(largest > 0, tl.div_rn(largest, FP8_MAX), 1.0)
+
+
+@triton.jit
+def quantized(values, scale):
+    """fp32 `values` / `scale` in FP8; `scale` has one number, or the shape of `values` with ones in it.
+
+    Divides in three operations: a quotient that is a bit off, what it leaves, and that much more. Where the inverse of
+    a scale is beyond fp32 the result is zero.
+    """
+    inverse = tl.where(scale > 1e-30, tl.div_rn(scale * 0 + 1.0, scale), 0.0)
+    about = values * inverse
+    quotient = tl.fma(tl.fma(-about, tl.zeros_like(values) + scale, values), tl.zeros_like(values) + inverse, about)
+    return tl.clamp(quotient, -FP8_MAX, FP8_MAX).to(tl.float8e4nv)
+
+
+@triton.jit
 def write_row(values, columns, mask, y_ptr, scale_ptr, row, width, MODE: tl.constexpr):
     """Writes a row of fp32 `values`, quantized or as it is."""
     if MODE == FP8:
-        largest = tl.max(tl.abs(values), 0)
-        scale = tl.where(largest > 0, tl.div_rn(largest, FP8_MAX), 1.0)
-        # Divides in three operations: a quotient that is a bit off, what it leaves, and that much more. Rows whose
-        # inverse is beyond fp32 become zeros.
-        inverse = tl.where(scale > 1e-30, tl.div_rn(scale * 0 + 1.0, scale), 0.0)
-        about = values * inverse
-        quotient = tl.fma(tl.fma(-about, tl.zeros_like(values) + scale, values), inverse, about)
-        quantized = tl.clamp(quotient, -FP8_MAX, FP8_MAX)
-        tl.store(y_ptr + row * width + columns, quantized.to(tl.float8e4nv), mask=mask)
+        scale = scale_for(tl.max(tl.abs(values), 0))
+        tl.store(y_ptr + row * width + columns, quantized(values, scale), mask=mask)
         tl.store(scale_ptr + row, scale)
     else:
         tl.store(y_ptr + row * width + columns, values.to(y_ptr.dtype.element_ty), mask=mask)

@@ -20,7 +20,9 @@ Form = Literal["plain", "fp8", "int4"]
 
 _MODES: dict[Form, int] = {"plain": 0, "fp8": 1, "int4": 2}
 MAX_SMALL = 1024  # rows whose places every program finds for itself
-MAX_GATE_TOKENS, MAX_GATE_EXPERTS = 128, 32  # of a gate in one kernel, in which every token reads the whole router
+MAX_GATE_TOKENS, MAX_GATE_LOGITS = 256, 6144  # of a gate in one kernel, which reads the router once for 16 tokens
+GATE_TOKENS = 16
+GATE_TURNS = 8  # launches of a gate one after another that may overlap
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,27 +50,48 @@ class PlacedRows:
     dtype: torch.dtype
 
 
+class GateScratch:
+    """Counters of the gates of one process: programs that are done, zero between launches.
+
+    Launches take turns, so that a few of them, one after another, may overlap.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        num_blocks = -(-MAX_GATE_TOKENS // GATE_TOKENS)
+        self._num_done = torch.zeros(GATE_TURNS, num_blocks, dtype=torch.int32, device=device)
+        self._turn = 0
+
+    def take(self) -> Tensor:
+        """A zero for every GATE_TOKENS tokens."""
+        self._turn = (self._turn + 1) % GATE_TURNS
+        return self._num_done[self._turn]
+
+
 def choose_experts(
     x_TD: Tensor,
     router_ED: Tensor,
     top_k: int,
-    positions_T: Tensor | None = None,
+    lots_T: Tensor | None = None,
     is_padding_T1: Tensor | None = None,
+    counts_E: Tensor | None = None,
+    scratch: GateScratch | None = None,
 ) -> tuple[Tensor, Tensor]:
     """int64 ids [T, K] of the largest logits x @ router.T and their sigmoids in x's dtype; nothing is renormalised.
 
-    Ids are -1 where bool `is_padding_T1` is set. With `positions_T` experts are taken in turn by position: the balanced
-    load of a benchmark, not the model's answer.
+    Ids are -1 where bool `is_padding_T1` is set; others are counted in int64 `counts_E`. With `lots_T` experts are
+    taken by lot (see `draw_lots`): the balanced load of a benchmark, not the model's answer. With `scratch`, bf16 on a
+    GPU takes one launch.
     """
-    if x_TD.is_cuda and HAS_TRITON and x_TD.dtype == router_ED.dtype == torch.bfloat16:
+    if scratch is not None and x_TD.is_cuda and HAS_TRITON and x_TD.dtype == router_ED.dtype == torch.bfloat16:
         num_tokens, num_experts = x_TD.shape[0], router_ED.shape[0]
-        if 0 < num_tokens <= MAX_GATE_TOKENS and num_experts <= MAX_GATE_EXPERTS:
-            from actors.kernels.route_triton import launch_gate
+        if 0 < num_tokens <= MAX_GATE_TOKENS and num_tokens * num_experts <= MAX_GATE_LOGITS:
+            from actors.kernels.gate_triton import launch_gate
 
             ids_TK, scores_TK = _empty_choice(x_TD, top_k)
-            launch_gate(x_TD.contiguous(), router_ED, positions_T, is_padding_T1, ids_TK, scores_TK)
+            given = lots_T, is_padding_T1, ids_TK, scores_TK, counts_E
+            launch_gate(x_TD.contiguous(), router_ED, scratch.take(), *given)
             return ids_TK, scores_TK
-    return choose_by_logits(gate_logits(x_TD, router_ED), top_k, x_TD.dtype, positions_T, is_padding_T1)
+    return choose_by_logits(gate_logits(x_TD, router_ED), top_k, x_TD.dtype, lots_T, is_padding_T1, counts_E)
 
 
 def gate_logits(x_TD: Tensor, router_ED: Tensor) -> Tensor:
@@ -82,25 +105,47 @@ def choose_by_logits(
     logits_TE: Tensor,
     top_k: int,
     dtype: torch.dtype,
-    positions_T: Tensor | None = None,
+    lots_T: Tensor | None = None,
     is_padding_T1: Tensor | None = None,
+    counts_E: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`choose_experts` of logits that are there, with scores in `dtype`."""
     if logits_TE.is_cuda and HAS_TRITON and logits_TE.shape[0]:
-        from actors.kernels.route_triton import launch_choose
+        from actors.kernels.gate_triton import launch_choose
 
         ids_TK, scores_TK = _empty_choice(logits_TE, top_k, dtype)
-        launch_choose(logits_TE.contiguous(), positions_T, is_padding_T1, ids_TK, scores_TK)
+        launch_choose(logits_TE.contiguous(), lots_T, is_padding_T1, ids_TK, scores_TK, counts_E)
         return ids_TK, scores_TK
-    if positions_T is None:
+    if lots_T is None:
         values_TK, ids_TK = logits_TE.topk(top_k, dim=1)
     else:
-        offsets_K = torch.arange(top_k, device=positions_T.device)
-        ids_TK = (positions_T[:, None] * top_k + offsets_K) % logits_TE.shape[1]
+        offsets_K = torch.arange(top_k, device=lots_T.device)
+        ids_TK = (lots_T[:, None] * top_k + offsets_K) % logits_TE.shape[1]
         values_TK = logits_TE.gather(1, ids_TK)
     if is_padding_T1 is not None:
         ids_TK = ids_TK.masked_fill(is_padding_T1, -1)
+    if counts_E is not None:
+        ids_N = ids_TK.flatten()
+        counts_E.scatter_add_(0, ids_N.clamp(min=0), (ids_N >= 0).long())
     return ids_TK, values_TK.sigmoid().to(dtype)
+
+
+def draw_lots(positions_T: Tensor, num_layers: int) -> Tensor:
+    """int64 [num_layers, T]: a number for each row and layer that stands for an expert, as if at random.
+
+    From positions (int64) and rows alone, so that all ranks draw the same; neighbours in any of the three come apart.
+    """
+    if positions_T.is_cuda and HAS_TRITON and len(positions_T):
+        from actors.kernels.gate_triton import launch_lots
+
+        launch_lots(positions_T, lots_MT := positions_T.new_empty(num_layers, len(positions_T)))
+        return lots_MT
+    device = positions_T.device
+    rows_T, layers_M = (torch.arange(n, device=device) for n in (len(positions_T), num_layers))
+    lots_MT = positions_T * 2654435761 + rows_T * 40503 + layers_M[:, None] * 2246822519
+    for shift in (15, 13):  # multiply and fold
+        lots_MT = (lots_MT ^ (lots_MT >> shift)).mul_(0x2C1B3C6D).bitwise_and_(0x7FFFFFFF)
+    return lots_MT
 
 
 def _empty_choice(like_TX: Tensor, top_k: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:

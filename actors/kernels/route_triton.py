@@ -1,4 +1,4 @@
-"""Triton kernels of `route.py` and their launches: choice, placement, and the gathering of rows into their places.
+"""Triton kernels of `route.py` and their launches: placement, and the gathering of rows into their places.
 
 Owns how rows are counted and ordered without the host. Knows nothing of what experts compute.
 """
@@ -13,67 +13,6 @@ from torch import Tensor
 from actors.kernels.quantize_triton import MAX_FEW, WORD_ORDER, row_warps, word_order, write_row
 
 BLOCK_ROWS = 256  # rows that a program of the large placement counts
-GATE_TILE = 1 << 14  # numbers of the router that a program of the gate multiplies at once
-
-
-@triton.jit
-def write_choice(
-    logits, positions_ptr, is_padding_ptr, ids_ptr, scores_ptr, token, num_experts,
-    TOP_K: tl.constexpr, UNIFORM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The TOP_K largest of a token's BLOCK logits, the first of equals, and their sigmoids. A NaN is never chosen."""
-    experts = tl.arange(0, BLOCK)
-    free = experts < num_experts
-    logits = tl.where(free & (logits == logits), logits, -float("inf"))
-    for k in tl.static_range(TOP_K):
-        if UNIFORM:
-            chosen = ((tl.load(positions_ptr + token) * TOP_K + k) % num_experts).to(tl.int32)
-            value = tl.sum(tl.where(experts == chosen, logits, 0.0), 0)
-        else:
-            value = tl.max(tl.where(free, logits, -float("inf")), 0)
-            chosen = tl.min(tl.where(free & (logits == value), experts, BLOCK), 0)
-            free = free & (experts != chosen)
-        score = 1.0 / (1.0 + tl.exp(-value))
-        tl.store(scores_ptr + token * TOP_K + k, score.to(scores_ptr.dtype.element_ty))
-        if PADDED:
-            chosen = tl.where(tl.load(is_padding_ptr + token) != 0, -1, chosen)
-        tl.store(ids_ptr + token * TOP_K + k, chosen.to(tl.int64))
-
-
-@triton.jit
-def choose_kernel(
-    logits_ptr, positions_ptr, is_padding_ptr, ids_ptr, scores_ptr, num_experts,
-    TOP_K: tl.constexpr, UNIFORM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    experts = tl.arange(0, BLOCK)
-    logits = tl.load(logits_ptr + token * num_experts + experts, mask=experts < num_experts, other=-float("inf"))
-    write_choice(
-        logits, positions_ptr, is_padding_ptr, ids_ptr, scores_ptr, token, num_experts, TOP_K, UNIFORM, PADDED, BLOCK
-    )
-
-
-@triton.jit
-def gate_kernel(
-    x_ptr, router_ptr, positions_ptr, is_padding_ptr, ids_ptr, scores_ptr, num_experts, width,
-    TOP_K: tl.constexpr, UNIFORM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_I: tl.constexpr,
-    STEPS: tl.constexpr,
-):  # fmt: skip
-    """One program reads the whole router for one token, and chooses. A token's answer does not depend on others."""
-    token = tl.program_id(0).to(tl.int64)
-    experts, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK_I)
-    products = tl.zeros((BLOCK, BLOCK_I), tl.float32)
-    for step in tl.static_range(STEPS):
-        at = step * BLOCK_I + columns
-        inside = at < width
-        x = tl.load(x_ptr + token * width + at, mask=inside, other=0.0).to(tl.float32)
-        router_at = router_ptr + experts[:, None] * width + at[None, :]
-        router = tl.load(router_at, mask=(experts < num_experts)[:, None] & inside[None, :], other=0.0)
-        products += router.to(tl.float32) * x[None, :]
-    logits = tl.sum(products, 1)
-    write_choice(
-        logits, positions_ptr, is_padding_ptr, ids_ptr, scores_ptr, token, num_experts, TOP_K, UNIFORM, PADDED, BLOCK
-    )
 
 
 @triton.jit
@@ -192,35 +131,6 @@ def combine_kernel(
             value += tl.load(at, mask=mask & (place >= 0), other=0.0).to(tl.float32)
         total += value.to(y_ptr.dtype.element_ty).to(tl.float32)
     tl.store(y_ptr + token * width + columns, total.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-def launch_choose(
-    logits_TE: Tensor, positions_T: Tensor | None, is_padding_T1: Tensor | None, ids_TK: Tensor, scores_TK: Tensor
-) -> None:
-    num_tokens, num_experts = logits_TE.shape
-    choose_kernel[(num_tokens,)](
-        logits_TE, positions_T, _as_bytes(is_padding_T1), ids_TK, scores_TK, num_experts,
-        TOP_K=ids_TK.shape[1], UNIFORM=positions_T is not None, PADDED=is_padding_T1 is not None,
-        BLOCK=triton.next_power_of_2(num_experts), num_warps=1,
-    )  # fmt: skip
-
-
-def launch_gate(
-    x_TD: Tensor, router_ED: Tensor, positions_T: Tensor | None, is_padding_T1: Tensor | None,
-    ids_TK: Tensor, scores_TK: Tensor,
-) -> None:  # fmt: skip
-    num_experts, width = router_ED.shape
-    block = triton.next_power_of_2(num_experts)
-    block_i = min(GATE_TILE // block, triton.next_power_of_2(width))
-    gate_kernel[(x_TD.shape[0],)](
-        x_TD, router_ED, positions_T, _as_bytes(is_padding_T1), ids_TK, scores_TK, num_experts, width,
-        TOP_K=ids_TK.shape[1], UNIFORM=positions_T is not None, PADDED=is_padding_T1 is not None, BLOCK=block,
-        BLOCK_I=block_i, STEPS=triton.cdiv(width, block_i), num_warps=16,
-    )  # fmt: skip
-
-
-def _as_bytes(is_padding_T1: Tensor | None) -> Tensor | None:
-    return None if is_padding_T1 is None else is_padding_T1.contiguous().view(torch.int8)
 
 
 def launch_place(ids_N: Tensor, table_E: Tensor | None, place_N: Tensor, counts_S: Tensor, ends_S: Tensor) -> None:

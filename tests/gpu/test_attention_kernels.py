@@ -46,6 +46,24 @@ def test_decode(dtype: torch.dtype, cache_dtype: torch.dtype, shape: Heads, case
     cases.check_decode(cases.PUBLIC, CUDA, dtype, cache_dtype, shape, case)
 
 
+@pytest.mark.parametrize("rotates", [False, True])
+@pytest.mark.parametrize(("dtype", "cache_dtype"), [(FP32, FP32), (BF16, BF16), (FP16, FP16), (BF16, FP8)])
+@pytest.mark.parametrize("shape", [cases.TINY, cases.SCOUT, cases.SCOUT_QUARTER])
+@pytest.mark.parametrize(
+    "case",
+    [
+        cases.DecodeCase(positions=(117,)),
+        cases.DecodeCase(positions=(0, 37, -1, 127, 64)),
+        cases.DecodeCase(positions=(63, 64, 700, 100), chunk_tokens=64, table_width=5),
+        cases.DecodeCase(positions=(1023, 16, -1) * 9, table_width=64),
+    ],
+)
+def test_heads_and_decode_at_once(
+    dtype: torch.dtype, cache_dtype: torch.dtype, shape: Heads, case: cases.DecodeCase, rotates: bool
+) -> None:
+    cases.check_store_and_attend(cases.PUBLIC, CUDA, dtype, cache_dtype, shape, case, rotates)
+
+
 def long_context(num_rows: int, num_tokens: int, shape: Heads, num_pages: int, far: bool) -> tuple[Tensor, PageTable]:
     """Pages of bf16 noise, the last of the pool where `far`, in random order."""
     width = -(-num_tokens // 16)
@@ -134,13 +152,16 @@ def packed(sizes: list[tuple[int, int]]) -> PackedRuns:
 
 @pytest.mark.parametrize("shape", [cases.TINY, cases.SCOUT, cases.SCOUT_QUARTER])
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
-@pytest.mark.parametrize("num_tokens", [1, 100, 512])
-def test_a_run_that_begins_its_context(shape: Heads, dtype: torch.dtype, num_tokens: int) -> None:
-    qkv_THd = torch.randn(num_tokens, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim, device=CUDA).to(dtype)
+@pytest.mark.parametrize(("num_tokens", "num_runs"), [(1, 1), (100, 1), (512, 1), (512, 4)])
+def test_runs_that_begin_their_context(shape: Heads, dtype: torch.dtype, num_tokens: int, num_runs: int) -> None:
+    qkv_THd = torch.randn(
+        num_runs * num_tokens, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim, device=CUDA
+    ).to(dtype)
     with torch.inference_mode():
         q_THd, k_THd, v_THd = qkv_THd.split((shape.num_heads, shape.num_kv_heads, shape.num_kv_heads), dim=1)
-        got_TA = run_attention(q_THd, k_THd, v_THd)
-    expected_TA = dense_attention(q_THd, k_THd, v_THd)
+        got_TA = run_attention(q_THd, k_THd, v_THd, num_runs)
+    runs = zip(*(x_THd.split(num_tokens) for x_THd in (q_THd, k_THd, v_THd)), strict=True)
+    expected_TA = torch.cat([dense_attention(*run) for run in runs])
     tolerance = max(cases.TOLERANCES[dtype], 1e-4)  # fp32 kernels multiply in parts
     torch.testing.assert_close(got_TA.double(), expected_TA, rtol=tolerance, atol=tolerance)
 

@@ -130,7 +130,9 @@ def test_gate_logits_are_sums_in_fp32() -> None:
     assert torch.allclose(ours, route.gate_logits(x_TD, router_ED), atol=1e-3)
 
 
-@pytest.mark.parametrize(("num_tokens", "num_experts"), [(1, 16), (37, 6), (128, 16), (129, 16), (5, 128)])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts"), [(1, 16), (37, 6), (256, 16), (257, 16), (5, 128), (40, 128), (200, 128)]
+)
 def test_gates_in_one_kernel_and_in_two_choose_alike(num_tokens: int, num_experts: int) -> None:
     """A clear winner in each row; padding goes nowhere; the score is the winner's whatever it is."""
     x_TD, router_ED = (
@@ -141,13 +143,16 @@ def test_gates_in_one_kernel_and_in_two_choose_alike(num_tokens: int, num_expert
     x_TD = ((x_TD + router_ED[best_T]) / 70).to(BF16)
     router_ED = (router_ED / 70).to(BF16)
     is_padding_T1 = torch.rand(num_tokens, 1, generator=_rng(3)) < 0.3
+    scratch = route.GateScratch(torch.device("cuda"))
     for padding, lots_T in ((None, None), (is_padding_T1, None), (is_padding_T1, torch.arange(num_tokens) * 7)):
+        counts_E, expected_counts_E = torch.ones(2, num_experts, dtype=torch.int64)
         ids_TK, scores_TK = route.choose_experts(
             x_TD.cuda(), router_ED.cuda(), 1, None if lots_T is None else lots_T.cuda(),
-            None if padding is None else padding.cuda(),
+            None if padding is None else padding.cuda(), counts_E := counts_E.cuda(), scratch,
         )  # fmt: skip
-        expected_ids, expected_scores = route.choose_experts(x_TD, router_ED, 1, lots_T, padding)
+        expected_ids, expected_scores = route.choose_experts(x_TD, router_ED, 1, lots_T, padding, expected_counts_E)
         assert torch.equal(ids_TK.cpu(), expected_ids)
+        assert torch.equal(counts_E.cpu(), expected_counts_E)
         _close(scores_TK, expected_scores)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from actors.kernels import holders, peer_sums
+from actors.kernels.largest import largest
 from actors.kernels.norm import add_rms_norm
 from actors.kernels.peer_sums import PeerSums, SumLayout
 from benchmarks.gpu_collectives import TIMEOUT_S, check, interrupt, lose, recover
@@ -16,18 +17,21 @@ pytestmark = pytest.mark.gpu
 
 D = 5120
 CUDA = torch.device("cuda")
+GATHER_BYTES = 1 << 18
 TOLERANCES = {torch.bfloat16: 1e-2, torch.float32: 1e-5}  # two roundings, relative: kernels add up in pairs
 
 
 class Ranks:
-    """Ranks that share one GPU. What they wait for is sent by kernels on other streams."""
+    """Ranks that share one GPU. What they wait for is sent by kernels on other streams, which must all find room on it:
+    four calls of 32 rows, or of chunks of GATHER_BYTES, do.
+    """
 
     def __init__(
         self, world: int, dtype: torch.dtype = torch.bfloat16, hidden: int = D, timeout_s: float = 5.0
     ) -> None:
         layout = SumLayout(
-            world=world, hidden=hidden, dtype=dtype, whole_rows=8, sliced_rows=64, gather_bytes=1 << 20
-        )  # fmt: skip
+            world=world, hidden=hidden, dtype=dtype, whole_rows=8, sliced_rows=64, gather_bytes=GATHER_BYTES
+        )
         buffers = tuple(torch.zeros(layout.num_bytes, dtype=torch.uint8, device=CUDA) for _ in range(world))
         self.streams = [torch.cuda.Stream() for _ in range(world)]
         self.ranks = [
@@ -36,7 +40,7 @@ class Ranks:
                 rank=rank,
                 buffers=buffers,
                 bases=torch.tensor([buffer.data_ptr() for buffer in buffers], device=CUDA),
-                state=torch.zeros(3, dtype=torch.int64, device=CUDA),
+                state=torch.zeros(layout.state_words, dtype=torch.int64, device=CUDA),
                 host=torch.zeros(2, dtype=torch.int64, pin_memory=True),
                 timeout_s=timeout_s,
             )
@@ -72,7 +76,7 @@ def test_sums_are_right_and_the_same_bits_everywhere(world: int, dtype: torch.dt
     hidden = D if world != 3 else 1536
     unit = Ranks(world, dtype, hidden)
     weight = torch.randn(hidden, device=CUDA).to(dtype)
-    for num_rows in (1, 8, 9, 64, 3):  # whole rows and slices in turn
+    for num_rows in (1, 8, 9, 32, 3):  # whole rows and slices in turn
         a, b = terms(world, num_rows, dtype, hidden), terms(world, num_rows, dtype, hidden).flip(0)
         near = {"rtol": TOLERANCES[dtype], "atol": 4 * TOLERANCES[dtype]}
         sums = unit.run(lambda p: peer_sums.all_reduce_rows(p, (a[p.rank],)))  # noqa: B023
@@ -96,15 +100,35 @@ def test_sums_are_right_and_the_same_bits_everywhere(world: int, dtype: torch.dt
 
 def test_gathers_in_one_call_and_in_several() -> None:
     unit = Ranks(4)
-    for num_rows, width in ((1, 50512), (3, 1000), (40, 50512), (300, 8)):
+    for num_rows, width in ((1, 50512), (3, 1000), (9, 50512), (300, 8)):
         x = torch.randn(4, num_rows, width, device=CUDA).bfloat16()
         for each in unit.run(lambda p: peer_sums.gather_columns(p, x[p.rank])):  # noqa: B023
             assert torch.equal(each, torch.cat(list(x), dim=1))
 
 
+@pytest.mark.parametrize("world", [1, 3, 4])
+def test_the_largest_of_all_columns(world: int) -> None:
+    """Ties, numbers that are none, any width: as torch has it, wherever it lies."""
+    unit = Ranks(world, hidden=D if world != 3 else 1536)
+    for num_rows, width in ((1, 50512), (5, 1000), (32, 50512), (3, 7)):
+        x = torch.randn(world, num_rows, width, device=CUDA).bfloat16()
+        x[:, -1, 3] = x[-1, -1, 5] = 9.0
+        x[0, 0, 2] = torch.nan if num_rows > 1 else 1.0
+        values, columns = torch.cat(list(x), dim=1).max(1)
+
+        def choose(p: PeerSums) -> Tensor:
+            each = largest(x[0]) if world == 1 else peer_sums.largest_columns(p, x[p.rank])  # noqa: B023
+            return torch.stack([part.double() for part in each])
+
+        for each in unit.run(choose):
+            torch.testing.assert_close(each[0].float(), values.float(), rtol=0, atol=0, equal_nan=True)
+            assert torch.equal(each[1].long(), columns)
+
+
 def test_a_peer_that_does_not_come_is_named_once_and_not_waited_for_again() -> None:
     unit = Ranks(3, timeout_s=0.2)
     x = terms(3, 4, torch.bfloat16)
+    unit.run(lambda p: peer_sums.all_reduce_rows(p, (x[p.rank],)))  # compiles
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     for peers, stream in zip(unit.ranks[:2], unit.streams, strict=False):

@@ -26,7 +26,9 @@ from symmetric_cases import (
 )
 from torch import Tensor
 
+from actors.attention.model import Stages, run_in_turn
 from actors.dispatch.by_size import ServingGraphs
+from actors.dispatch.micro_batches import MicroBatches, room_of_half
 from actors.dispatch.peer_memory import SharedMemory
 from actors.dispatch.reference import ReferenceDispatch
 from actors.dispatch.rows import TokenShape
@@ -38,6 +40,7 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # streams that share
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 
 TIMEOUT_S = 10.0
+MOST_WHOLE_ROWS = 16  # of dispatches in halves
 LAYOUTS = {
     "1A+1E": Layout((0,), spread((1,))),
     "2A+2E": Layout((0, 1), spread((2, 3))),
@@ -65,22 +68,29 @@ class Ranks:
     host never gives a stream something to wait for that it has not given to another before.
     """
 
-    def __init__(self, layout: Layout, shape: TokenShape, timeout_s: float = TIMEOUT_S, max_tokens: int = 64) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        shape: TokenShape,
+        timeout_s: float = TIMEOUT_S,
+        max_tokens: int = 64,
+        in_halves: bool = False,
+    ) -> None:
         self.layout, self.shape = layout, shape
         self.streams = make_streams(shape.device)[: layout.world]
         self.experts = {rank: Experts(shape, slots) for rank, slots in layout.slots.items()}
-        self.dispatches = [
-            SymmetricDispatch(
-                memory,
-                layout.routing(shape.device),
-                self.experts.get(memory.rank),
-                layout.attention,
-                shape,
-                timeout_s,
-                max_tokens,
-            )
-            for memory in SharedMemory.of_world(layout.world, shape.device)
-        ]
+        self.dispatches: list[Any] = []
+
+        def make(memory: SharedMemory, room: int, name: str = "whole") -> SymmetricDispatch:
+            experts, routing = self.experts.get(memory.rank), layout.routing(shape.device)
+            return SymmetricDispatch(memory, routing, experts, layout.attention, shape, timeout_s, room, name)
+
+        for memory in SharedMemory.of_world(layout.world, shape.device):
+            if in_halves:
+                first, second = (make(memory, room_of_half(max_tokens, MOST_WHOLE_ROWS), f"half {i}") for i in (1, 2))
+                self.dispatches.append(MicroBatches(first, second, max_tokens, MOST_WHOLE_ROWS))
+            else:
+                self.dispatches.append(make(memory, max_tokens))
         for dispatch in self.dispatches:
             dispatch.start()
         self.load_experts(max_tokens)
@@ -93,9 +103,10 @@ class Ranks:
             slots_N = torch.full((num_rows,), -1, device=self.shape.device)
             for experts in self.experts.values():
                 experts(LAYERS[0], x_ND, slots_N)
+            torch.cat((x_ND, x_ND))  # as halves are joined
             num_rows *= 2
 
-    def each(self, work: Callable[[int, SymmetricDispatch], Any]) -> list[Any]:
+    def each(self, work: Callable[[int, Any], Any]) -> list[Any]:
         results = []
         for rank, (stream, dispatch) in enumerate(zip(self.streams, self.dispatches, strict=True)):
             with torch.cuda.stream(stream):
@@ -187,12 +198,22 @@ class Captured:
         for rank, dispatch in enumerate(ranks.dispatches):
             with torch.cuda.graph(self.graphs[rank], stream=ranks.streams[rank]):
                 dispatch.begin_step(counts)
-                for layer_idx, layer in enumerate(LAYERS):
-                    if rank not in self.inputs:
-                        dispatch.serve_layer(layer)
-                        continue
-                    receipt = dispatch.dispatch(*self.inputs[rank][layer_idx], layer)
-                    self.outputs[layer_idx][rank] = dispatch.combine(receipt)
+                if rank not in self.inputs:
+                    dispatch.serve_layers()
+                    continue
+                num = counts[rank]
+                parts = dispatch.parts(num) if isinstance(dispatch, MicroBatches) else [(dispatch, slice(0, num))]
+                run_in_turn([self.stages(rank, part, rows) for part, rows in parts])
+
+    def stages(self, rank: int, dispatch: Any, rows: slice) -> Stages:
+        for layer_idx, layer in enumerate(LAYERS):
+            receipt = dispatch.dispatch(*(field[rows] for field in self.inputs[rank][layer_idx]), layer)
+            yield
+            y_TD = dispatch.combine(receipt)
+            if rows.start:
+                y_TD = torch.cat((self.outputs[layer_idx][rank], y_TD))
+            self.outputs[layer_idx][rank] = y_TD
+        return y_TD
 
     def replay(self, step: Step) -> list[dict[int, Tensor]]:
         for rank, layers in step.items():
@@ -205,12 +226,16 @@ class Captured:
         return self.outputs
 
 
-@pytest.mark.parametrize("name", ["2A+2E", "1A+3E", "colocated 3", "2A+3E replicas"])
-def test_replays_equal_what_is_expected(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "in_halves"),
+    [(name, False) for name in ("2A+2E", "1A+3E", "colocated 3", "2A+3E replicas")]
+    + [("2A+2E", True), ("1A+3E", True)],
+)
+def test_replays_equal_what_is_expected(name: str, in_halves: bool) -> None:
     """50 replays; every replay has other inputs, some padding, and every third one hot expert."""
     layout, shape = LAYOUTS[name], shape_of()
-    ranks = Ranks(layout, shape)
-    counts = counts_of(layout, (16, 9, 16))
+    ranks = Ranks(layout, shape, in_halves=in_halves)
+    counts = counts_of(layout, (40, 9) if in_halves else (16, 9, 16))
     captured = Captured(ranks, counts)
     for replay in range(50):
         step = random_step(layout, counts, shape, replay, hot=replay % 3 == 2, padding=replay % 9)
@@ -251,10 +276,13 @@ def test_a_rank_that_is_never_chosen_keeps_up() -> None:
     ranks.close()
 
 
-def test_a_rank_without_tokens_serves_by_graphs() -> None:
-    """Of two sizes of blocks in turn; the first step of each is run without one, the second captured."""
+@pytest.mark.parametrize("in_halves", [False, True])
+def test_a_rank_without_tokens_serves_by_graphs(in_halves: bool) -> None:
+    """Of two sizes of blocks in turn (the smaller one whole); the first step of each is run without one, the second
+    captured.
+    """
     layout, shape = LAYOUTS["1A+1E"], shape_of()
-    ranks = Ranks(layout, shape)
+    ranks = Ranks(layout, shape, in_halves=in_halves)
     serving = ServingGraphs(ranks.dispatches[1])
     for seed in range(12):
         counts = counts_of(layout, (7 if seed % 2 else 30,))
@@ -271,6 +299,20 @@ def test_a_rank_without_tokens_serves_by_graphs() -> None:
             ]
         ranks.wait()
         check(outputs, step)
+    ranks.close()
+
+
+def test_a_lost_rank_ends_the_waits_of_both_halves() -> None:
+    """The attention rank never comes: one timeout for all layers of both."""
+    layout, shape = LAYOUTS["1A+1E"], shape_of()
+    ranks = Ranks(layout, shape, timeout_s=0.5, in_halves=True)
+    began_s = time.monotonic()
+    with torch.cuda.stream(ranks.streams[1]):
+        ranks.dispatches[1].serve_step(counts_of(layout, (40,)))
+        with pytest.raises(RankError, match="did not answer") as caught:
+            ranks.dispatches[1].wait()
+    assert caught.value.rank == 0
+    assert 0.4 < time.monotonic() - began_s < 0.9
     ranks.close()
 
 

@@ -23,6 +23,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "1A+2E, two replicas": {"layout": "disaggregated", "expert_ranks": 2, "expert_replicas": 2},
     "colocated": {"layout": "colocated", "attention_ranks": 2},
     "colocated, one attention": {"layout": "colocated", "attention_tp": 2},
+    "colocated, one attention, experts in slices": {"layout": "colocated", "attention_tp": 2, "expert_tp": 2},
     "colocated, one attention, replicas": {
         "layout": "colocated",
         "attention_tp": 2,

@@ -24,12 +24,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(180)
-def test_members_come_and_go_and_the_tokens_stay(checkpoint: Path) -> None:
+@pytest.mark.parametrize(
+    ("expert_tp", "lost_shards"),
+    [(1, (1, 0)), (2, (0,))],  # the one that follows, then the one that leads; slices have no replicas to copy from
+)
+def test_members_come_and_go_and_the_tokens_stay(
+    checkpoint: Path, expert_tp: int, lost_shards: tuple[int, ...]
+) -> None:
     with Engine(checkpoint, layout="single", **KEYS) as engine:
         expected = [trace.token_ids for trace in engine.run(ITEMS, **SAMPLING)]
-    with Engine(checkpoint, attention_tp=2, **KEYS) as engine:
+    with Engine(checkpoint, attention_tp=2, expert_tp=expert_tp, **KEYS) as engine:
         assert [trace.token_ids for trace in engine.run(ITEMS, **SAMPLING)] == expected
-        for shard in (1, 0):  # the one that follows, then the one that leads
+        for shard in lost_shards:
             members = engine.router.snapshot["ranks"]
             victim = next(rank["rank"] for rank in members if tuple(rank["shard"]) == (shard, 2))
             before = engine.status().epoch

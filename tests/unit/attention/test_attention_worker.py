@@ -165,7 +165,7 @@ def test_uniform_routing_loads_all_experts_alike(make_case: Callable) -> None:
 
 
 def test_uniform_routing_tells_rows_at_one_position_apart(make_case: Callable) -> None:
-    gate = Gate(read_model_config(make_case("maverick").directory), "uniform")
+    gate = Gate(read_model_config(make_case("maverick").directory), "uniform", torch.device("cpu"))
     for lot_T in gate.draw_lots(torch.full((800,), 1024)):
         assert lot_T is not None
         counts = torch.bincount(lot_T % 8, minlength=8)

@@ -11,6 +11,7 @@ from actors.attention import mixed, worker
 from actors.attention.mixed import PromptBuilder
 from actors.attention.page_groups import Piece
 from actors.attention.requests import PageTable
+from actors.kernels.prefill_attention import run_attention
 
 TOLERANCE = 1e-3
 PAGE, FRESH = 4, 6
@@ -69,7 +70,8 @@ def runs_of(chunk_tokens: int, *pieces: tuple[int, int]) -> tuple[list[tuple[int
     singles = [Piece(i, i, i + 1, table, 0) for i in range(3)]
     prompts = PromptBuilder(PAGE, chunk_tokens, torch.device("cpu")).build(singles, longer).prompts
     assert prompts is not None
-    fresh = [(rows.start, rows.stop) for rows in prompts.fresh]
+    fresh = [(runs.rows.start, runs.rows.stop) for runs in prompts.fresh]
+    assert all((runs.rows.stop - runs.rows.start) % (runs.num_runs * FRESH) == 0 for runs in prompts.fresh)
     if prompts.cached is None:
         return fresh, []
     sizes = list(prompts.cached.runs.sizes)
@@ -88,6 +90,28 @@ def test_only_whole_multiples_that_begin_their_context_are_fresh() -> None:
     assert runs_of(0, (0, 5), (0, 14), (6, 18)) == ([(8, 20)], [(5, 5), (2, 14), (12, 18)])
     assert runs_of(16, (0, 33)) == ([(3, 15), (19, 31)], [(4, 16), (4, 16), (1, 1)])
     assert runs_of(16, (10, 24)) == ([(9, 15)], [(6, 16), (2, 8)])
+
+
+def test_equal_runs_that_lie_together_are_computed_at_once() -> None:
+    """In powers of two, and not across a run of another length, or one of whose rows something is left."""
+    table = PageTable()
+    table.append(range(8))
+    ends, row, longer = [12] * 7 + [6, 6, 12, 13, 12], 3, []
+    for end in ends:
+        longer.append(Piece(row, 0, end, table, 0))
+        row += end
+    prompts = PromptBuilder(PAGE, 0, torch.device("cpu")).build([], longer).prompts
+    assert prompts is not None
+    sizes = [(runs.rows.stop - runs.rows.start, runs.num_runs) for runs in prompts.fresh]
+    assert sizes == [(48, 4), (24, 2), (12, 1), (12, 2), (24, 2), (12, 1)]
+    assert [runs.rows.start for runs in prompts.fresh] == [3, 51, 75, 87, 99, 124]
+
+
+def test_many_runs_at_once_are_as_one_by_one() -> None:
+    q_QHd, k_NHd, v_NHd = torch.randn(36, 8, 16, generator=torch.Generator().manual_seed(1)).split((4, 2, 2), dim=1)
+    runs = zip(q_QHd.split(12), k_NHd.split(12), v_NHd.split(12), strict=True)
+    expected = torch.cat([run_attention(*run) for run in runs])
+    torch.testing.assert_close(run_attention(q_QHd, k_NHd, v_NHd, 3), expected, rtol=0, atol=1e-6)
 
 
 def test_ends_of_runs() -> None:

@@ -3,7 +3,7 @@
 A mistake that this suite cannot see could be made tomorrow. The list is that of bugs that other implementations had.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -206,9 +206,11 @@ def gate_and_up_swapped_in_experts(patch: pytest.MonkeyPatch) -> None:
 
 def _moe_with_shared(scale: Callable[[Choice], Tensor | float]) -> Patch:
     def moe(
-        self: AttentionModel, i: int, x_TD: Tensor, weights: Any, choice: Choice, dispatch: Any
-    ) -> tuple[Tensor, Tensor]:
+        self: AttentionModel, i: int, x_TD: Tensor, weights: Any, gating: Any, padding_T1: Any, dispatch: Any
+    ) -> Generator[None, None, tuple[Tensor, Tensor]]:
+        choice = self._gate(x_TD, self._routers[i], gating[0], padding_T1, gating[1])
         receipt = dispatch.dispatch(x_TD, choice.expert_ids_TK, choice.scores_TK, i)
+        yield
         return model.ffn(x_TD, weights.shared) * scale(choice), dispatch.combine(receipt)
 
     return lambda patch: patch.setattr(AttentionModel, "_moe", moe)

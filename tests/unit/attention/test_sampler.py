@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from actors.attention import sampler as sampler_module
 from actors.attention.distribution import distances, draw, keep_likeliest, unit, weights_at
+from actors.attention.logits import Logits
 from actors.attention.philox import uniforms
 from actors.attention.sampler import Sampler
 from actors.attention.sampling_batch import AdmittedRequest, build_sampling_batch
@@ -415,6 +416,29 @@ def test_rows_pay_only_for_what_they_use() -> None:
     assert [group.row_R.tolist() for group in (plain, top_p, top_k, both)] == [[1], [2], [3], [4]]
     assert (plain.top_k_R, plain.top_p_R, plain.min_p_R, plain.penalties, plain.bias) == (None,) * 5
     assert (top_p.top_k_R, top_k.top_p_R, both.max_rank) == (None, None, 9)
+
+
+def test_rows_whose_columns_are_elsewhere_are_asked_for_if_they_are_needed() -> None:
+    """Greedy rows are not; the others give the tokens and log-probabilities of whole rows."""
+    logits_BV = torch.randn(len(MIXED), 50, generator=torch.Generator().manual_seed(3))
+    asked = []
+
+    def gather(left_RC: torch.Tensor) -> torch.Tensor:
+        rows = [int((logits_BV[:, :20] == left_C).all(1).nonzero()) for left_C in left_RC]
+        asked.extend(rows)
+        return logits_BV[rows]
+
+    whole = Logits.of(logits_BV)
+    parts = Logits(logits_BV[:, :20], whole.largest_B, whole.greedy_B, gather)
+    results = []
+    for logits in (logits_BV, parts):
+        sampler = Sampler(50, CPU)
+        for request_idx, p in enumerate(MIXED):
+            sampler.admit(request_idx, (), (), p)
+        results.append(sampler.sample(logits, range(len(MIXED))).to_tokens())
+    assert results[0] == results[1]
+    needed = [row for row, p in enumerate(MIXED) if p != params(temperature=0.0)]
+    assert set(asked) == set(needed) and len(needed) < len(MIXED)
 
 
 def test_requests_come_and_go() -> None:

@@ -23,7 +23,7 @@ from test_collective import (
 )
 
 from actors.dispatch.contract import build_routing_table
-from actors.dispatch.peer_memory import SharedMemory
+from actors.dispatch.peer_memory import Mapping, SharedMemory
 from actors.dispatch.rows import TokenShape
 from actors.dispatch.symmetric import SymmetricDispatch
 from actors.errors import RankError
@@ -194,6 +194,90 @@ def test_replicas_share_the_tokens_of_an_expert_and_a_new_table_is_followed() ->
         dispatch.update_routing(table)
     on_all(dispatches, lambda rank, dispatch: run_step(rank, dispatch, 5, step))
     assert [computes[rank].rows[1, 0] for rank in (2, 3, 4)] == [20, 20, 80]
+
+
+class MappedAgain(SharedMemory):
+    """Where the ranks of an epoch map what they had in the one before; who comes has new memory."""
+
+    def __init__(self, rank: int, before: list[SymmetricDispatch], made: dict[str, Any]) -> None:
+        super().__init__(rank, 4, CPU, made)
+        self._kept = [dispatch._active.areas.buffers[dispatch._memory.rank] for dispatch in before]
+
+    def map(self, name: str, num_bytes: int, own: torch.Tensor | None = None) -> Mapping:
+        assert own is (self._kept[self.rank] if self.rank < len(self._kept) else None)
+        new = torch.zeros(num_bytes, dtype=torch.uint8)
+        self._made.setdefault(name, (*self._kept, new))
+        return super().map(name, num_bytes)
+
+    def largest(self, name: str, number: int) -> int:
+        return max(number, 0)  # of those who were there before
+
+
+def test_graphs_go_on_when_an_expert_rank_comes() -> None:
+    """Rank 3 comes. What was captured reads tables where they were, and they say what is so now; stale flags say
+    nothing, those of the last step of the epoch before either.
+    """
+    before = Layout((0,), {1: dict.fromkeys(LAYERS, (0, 1, 2)), 2: dict.fromkeys(LAYERS, (3, 4, 5))})
+    after = Layout((0,), before.slots | {3: dict.fromkeys(LAYERS, (5, 0))})
+    model = Model(NUM_EXPERTS, HIDDEN)
+    reference = model.reference(NUM_EXPERTS)
+    old, _ = started(before, model, 1)
+    steps = [random_step(before, (9,), 1, HIDDEN, seed) for seed in range(3)]
+    on_all(old, lambda rank, dispatch: [run_step(rank, dispatch, 3, step) for step in steps])
+    tables = [address for dispatch in old for address in addresses_of(dispatch)]
+    routing = build_routing_table(after.slots, LAYERS, NUM_EXPERTS, CPU)
+    computes = {rank: SlotCompute(model, slots) for rank, slots in after.slots.items()}
+    made: dict[str, Any] = {}
+    new = [
+        SymmetricDispatch(
+            MappedAgain(rank, old, made), routing, computes.get(rank), (0,), shape_of(1), 10.0, 32,
+            before=old[rank] if rank < 3 else None,
+        )
+        for rank in range(4)
+    ]  # fmt: skip
+    for dispatch in new:
+        dispatch.start()
+    for dispatch, of_old in zip(new, old, strict=False):
+        assert dispatch.can_take_over(of_old)
+        dispatch.take_over(of_old)
+        of_old.close()
+    assert tables == [address for dispatch in new[:3] for address in addresses_of(dispatch)]
+
+    def work(rank: int, dispatch: SymmetricDispatch) -> None:
+        for step in steps:
+            for layer, tokens, y_TD in zip(LAYERS, step, run_step(rank, dispatch, 4, step), strict=False):
+                torch.testing.assert_close(y_TD, reference.combine(reference.dispatch(*tokens[0], layer)))
+
+    on_all(new, work)
+    assert sum(computes[3].rows.values()) > 0
+
+
+def addresses_of(dispatch: SymmetricDispatch) -> list[int]:
+    exchange = dispatch._active
+    tables = (
+        exchange.areas.bases, exchange.destination_ranks_P, exchange.source_ranks_S, exchange.state, exchange.host,
+        exchange.areas.buffers[exchange.rank], dispatch._keys_MER, dispatch._num_replicas_ME,
+    )  # fmt: skip
+    return [table.data_ptr() for table in tables]
+
+
+@pytest.mark.parametrize(
+    ("sources", "slots"),
+    [((0, 1), {1: (0, 1, 2), 2: (3, 4, 5)}), ((0,), {2: (0, 1, 2, 3, 4, 5)})],
+    ids=["another source", "not in its place"],
+)
+def test_graphs_do_not_go_on_where_they_would_do_something_else(
+    sources: tuple[int, ...], slots: dict[int, tuple[int, ...]]
+) -> None:
+    layout = Layout((0,), {1: dict.fromkeys(LAYERS, (0, 1, 2)), 2: dict.fromkeys(LAYERS, (3, 4, 5))})
+    model = Model(NUM_EXPERTS, HIDDEN)
+    old, computes = started(layout, model, 1)
+    of_layers = {rank: dict.fromkeys(LAYERS, experts) for rank, experts in slots.items()}
+    routing = build_routing_table(of_layers, LAYERS, NUM_EXPERTS, CPU)
+    memory = SharedMemory.of_world(3, CPU)[2]
+    new = SymmetricDispatch(memory, routing, computes[2], sources, shape_of(1), 10.0, 32, before=old[2])
+    new.start()
+    assert not new.can_take_over(old[2])
 
 
 def test_two_micro_batches_in_ping_pong() -> None:

@@ -51,7 +51,7 @@ def unit(request: pytest.FixtureRequest, store: RendezvousStore) -> Iterator[Uni
     unit = Unit(
         groups,
         [
-            OverGroup(i, 3) if request.param == "group" else OverPeerMemory(i, 3, shape, memories[POSITIONS[i]])
+            OverGroup(i, 3) if request.param == "group" else OverPeerMemory(i, 3, shape, 300, memories[POSITIONS[i]])
             for i in range(3)
         ],
     )
@@ -102,12 +102,61 @@ def test_parts_are_added_up_reduced_added_and_normed(unit: Unit) -> None:
         assert torch.equal(x_TD, normed[0])
 
 
+def test_a_residual_is_added_to_in_parts(unit: Unit) -> None:
+    """Three layers' worth of two parts of which no member has an equal share."""
+    h, weight, parts = terms(11)[0], torch.randn(D), (slice(0, 4), slice(4, 11))
+    summed = [[terms(11 + layer)[i][:11] for i in range(3)] for layer in range(3)]
+
+    def run(member: TensorParallel) -> Tensor:
+        residual = member.residual(parts, h.clone(), weight, 1e-5)
+        began = residual.x_TD.clone()
+        for layer, of_member in enumerate(summed):
+            for rows in parts:
+                residual.wait(rows)
+                half = of_member[member.index][rows] / 2
+                residual.add(rows, (half.clone(), half.clone()), weight if layer < 2 else None)
+        residual.finish()
+        return torch.cat([began, residual.x_TD])
+
+    expected_h = h + sum(x for of_member in summed for x in of_member)
+    for each in (results := unit.all(run)):
+        torch.testing.assert_close(each[:11], add_rms_norm(h.clone(), (), weight, 1e-5))
+        torch.testing.assert_close(each[11:], expected_h, rtol=0, atol=1e-5)
+        assert torch.equal(each, results[0])
+
+
+def test_a_residual_is_normed_where_there_is_a_weight(unit: Unit) -> None:
+    h, weight, rows, x = terms(5)[0], torch.randn(D), slice(0, 5), terms(6)
+
+    def run(member: TensorParallel) -> Tensor:
+        residual = member.residual([rows], h.clone(), weight, 1e-5)
+        residual.x_TD[:] = x[member.index][:5]  # where a part may lie
+        residual.add(rows, (residual.x_TD[rows],), weight)
+        residual.wait(rows)
+        return residual.x_TD.clone()
+
+    expected = add_rms_norm(h + x[0][:5] + x[1][:5] + x[2][:5], (), weight, 1e-5)
+    for each in unit.all(run):
+        torch.testing.assert_close(each, expected, rtol=0, atol=1e-5)
+
+
 def test_columns_are_in_the_order_of_shards(unit: Unit) -> None:
     x = [torch.full((2, 3), float(i)) for i in range(3)]
     for _ in range(3):
         gathered = unit.all(lambda member: member.all_gather_columns(x[member.index]))
         for each in gathered:
             assert each.tolist() == [[0, 0, 0, 1, 1, 1, 2, 2, 2]] * 2
+
+
+def test_the_largest_column_is_the_first_of_all_members(unit: Unit) -> None:
+    x = torch.randn(3, 5, 4)
+    x[:, 1] = torch.tensor([0.5, 2.0, 2.0, 1.0])  # ties, within a member and between them
+    x[2, 2, 1] = torch.nan
+    x[:, 3] = -torch.inf
+    expected = torch.cat(list(x), dim=1).max(1)
+    for values, columns in unit.all(lambda member: member.largest_columns(x[member.index])):  # type: ignore[arg-type]
+        torch.testing.assert_close(values, expected.values, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(columns, expected.indices) and int(columns[1]) == 1
 
 
 def test_the_next_epoch_goes_on_where_nobody_was_lost(unit: Unit, store: RendezvousStore) -> None:
@@ -123,7 +172,8 @@ def test_the_next_epoch_goes_on_where_nobody_was_lost(unit: Unit, store: Rendezv
     assert torch.equal(sums[1], x[0] + x[1] + x[2])
 
 
-def test_who_does_not_come_is_named(store: RendezvousStore) -> None:
+@pytest.mark.parametrize("is_large", [False, True])
+def test_who_does_not_come_is_named(store: RendezvousStore, is_large: bool) -> None:
     """Shard 2, at position 0, is missing: the others give up in time, and later calls do not wait again."""
     unit = make_unit(store, SHORT_S)
     x = terms(1)
@@ -133,7 +183,10 @@ def test_who_does_not_come_is_named(store: RendezvousStore) -> None:
         if member.index == 2:
             return -1
         for _ in range(10):
-            member.all_reduce(x[member.index].clone())
+            if is_large:
+                member.residual([slice(0, 1)], x[0].clone(), x[1][0], 1e-5).add(slice(0, 1), (x[2].clone(),), None)
+            else:
+                member.all_reduce(x[member.index].clone())
         with pytest.raises(RankError) as caught:
             unit.groups[member.index].synchronize()
         return caught.value.rank
@@ -161,7 +214,7 @@ def test_an_interrupt_ends_a_wait_at_once(store: RendezvousStore) -> None:
 def make_unit(store: RendezvousStore, timeout_s: float) -> Unit:
     memories = SharedMemory.of_world(3, CPU)
     shape = TokenShape(hidden=D, experts_per_token=1, dtype=torch.float32, device=CPU)
-    members = [OverPeerMemory(i, 3, shape, memories[POSITIONS[i]]) for i in range(3)]
+    members = [OverPeerMemory(i, 3, shape, 300, memories[POSITIONS[i]]) for i in range(3)]
     unit = Unit([EpochGroup(CPU, "127.0.0.1") for _ in POSITIONS], members)
     join(unit, store, 1, fresh=True, timeout_s=timeout_s)
     return unit

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from actors.kernels import decode_attention, heads, norm
-from actors.kernels.decode_attention import DecodeContext, DecodeScratch
+from actors.kernels.decode_attention import DecodeContext, DecodeScratch, NewestTokens
 from actors.kernels.decode_inputs import PageTable
 from actors.kernels.heads import Heads
 
@@ -24,15 +24,19 @@ TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Implementation:
-    """The three functions under test; `decode` has the signature of `decode_attention`."""
+    """The functions under test; `decode` has the signature of `decode_attention`."""
 
     add_rms_norm: Callable[..., Tensor]
     store_heads: Callable[..., None]
     decode: Callable[..., Tensor]
+    store_and_attend: Callable[..., Tensor]
 
 
 PUBLIC = Implementation(
-    add_rms_norm=norm.add_rms_norm, store_heads=heads.store_heads, decode=decode_attention.decode_attention
+    add_rms_norm=norm.add_rms_norm,
+    store_heads=heads.store_heads,
+    decode=decode_attention.decode_attention,
+    store_and_attend=decode_attention.store_and_attend,
 )
 
 
@@ -185,3 +189,51 @@ def check_decode(
         tolerance = TOLERANCES[dtype]
         torch.testing.assert_close(out_BA.cpu().double(), expected_BHd.flatten(1), rtol=tolerance, atol=tolerance)
     assert not scratch.num_finished.any()
+
+
+def check_store_and_attend(
+    do: Implementation,
+    device: torch.device,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    shape: Heads,
+    case: DecodeCase,
+    rotates: bool,
+    num_shares: int | None = None,
+) -> None:
+    """Against the references of its two halves, which have slow answers of their own; and what is kept."""
+    generator = torch.Generator().manual_seed(len(case.positions))
+    num_rows, page_tokens, width = len(case.positions), case.page_tokens, case.table_width
+    pages_PSHd = torch.randn(num_rows * width, page_tokens, 2 * shape.num_kv_heads, shape.head_dim, generator=generator)
+    pages_PSHd = pages_PSHd.to(cache_dtype)
+    table_SW = torch.randperm(num_rows * width, generator=generator).view(num_rows, width).int()
+    positions_B = torch.tensor(case.positions)
+    seats_B = torch.where(positions_B < 0, -1, torch.arange(num_rows)).int()
+    page_B = table_SW[torch.arange(num_rows), positions_B.clamp(min=0) // page_tokens % width]
+    slots_B = torch.where(positions_B < 0, -1, page_B * page_tokens + positions_B % page_tokens)
+    num_all = shape.num_heads + 2 * shape.num_kv_heads
+    qkv_BN = torch.randn(num_rows, num_all * shape.head_dim, generator=generator).to(dtype)
+    angles_BR = torch.rand(num_rows, shape.head_dim // 2, generator=generator) * 100
+    rotations_BR2 = torch.stack((angles_BR.cos(), angles_BR.sin()), -1) if rotates else None
+    temperatures_B = None if rotates else torch.rand(num_rows, generator=generator) + 1
+
+    results = []
+    for function, where in ((decode_attention.store_and_attend, torch.device("cpu")), (do.store_and_attend, device)):
+        kept_PSHd = pages_PSHd.clone().to(where)
+        newest = NewestTokens(
+            write_slots_B=slots_B.to(where),
+            rotations_BR2=None if rotations_BR2 is None else rotations_BR2.to(where),
+            temperatures_B=None if temperatures_B is None else temperatures_B.to(where),
+        )
+        context = DecodeContext(
+            seats_B=seats_B.to(where), positions_B=positions_B.to(where),
+            table=PageTable(pages_SW=table_SW.to(where), page_tokens=page_tokens), chunk_tokens=case.chunk_tokens,
+        )  # fmt: skip
+        scratch = DecodeScratch(shape, num_rows, where, num_shares)
+        out_BA = function(qkv_BN.clone().to(where), kept_PSHd, newest, context, shape, scratch)
+        results.append((out_BA.cpu().double(), kept_PSHd.cpu().float()))
+    (expected_BA, expected_PSHd), (out_BA, kept_PSHd) = results
+    tolerance = TOLERANCES[dtype]
+    torch.testing.assert_close(out_BA, expected_BA, rtol=tolerance, atol=tolerance)
+    near = 0.13 if cache_dtype == torch.float8_e4m3fn else tolerance / 2
+    torch.testing.assert_close(kept_PSHd, expected_PSHd, rtol=near, atol=near)

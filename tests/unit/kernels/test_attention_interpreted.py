@@ -13,7 +13,8 @@ from interpreter import let_ranges_have_tensor_bounds, run_interpreted
 from torch import Tensor
 
 from actors.kernels import decode_attention, heads, norm
-from actors.kernels.decode_attention import Tile
+from actors.kernels.decode_attention import DecodeContext, DecodeScratch, NewestTokens, Tile
+from actors.kernels.heads import Heads
 from actors.kernels.triton_here import HAS_TRITON
 
 CPU = torch.device("cpu")
@@ -39,6 +40,12 @@ def main() -> None:
         for num_shares in (1, 30):
             cases.check_decode(_with_triton(), CPU, FP32, FP32, cases.TINY, case, num_shares)
     cases.check_decode(_with_triton(), CPU, FP16, FP8, cases.TINY, LONG, num_shares=40)
+    for case, rotates, num_shares in (
+        (LENGTHS, True, 30),
+        (RING, False, 1),
+        (cases.DecodeCase(positions=(33,)), True, 9),
+    ):
+        cases.check_store_and_attend(_with_triton(), CPU, FP32, FP32, cases.TINY, case, rotates, num_shares)
 
 
 def _add_rms_norm(h_TD: Tensor, deltas: list[Tensor | None], weight_D: Tensor, eps: float) -> Tensor:
@@ -51,7 +58,16 @@ def _with_triton() -> cases.Implementation:
         add_rms_norm=_add_rms_norm,
         store_heads=heads._with_triton,
         decode=partial(decode_attention._with_triton, tile=tile, least_keys=16),
+        store_and_attend=partial(_store_and_attend, tile),
     )
+
+
+def _store_and_attend(
+    tile: Tile, qkv_BN: Tensor, pages_PSHd: Tensor, newest: NewestTokens, context: DecodeContext, shape: Heads,
+    scratch: DecodeScratch,
+) -> Tensor:  # fmt: skip
+    qkv_BHd = qkv_BN.view(qkv_BN.shape[0], -1, shape.head_dim)
+    return decode_attention._with_triton(qkv_BHd, pages_PSHd, context, shape, scratch, newest, tile, 16)
 
 
 if __name__ == "__main__":

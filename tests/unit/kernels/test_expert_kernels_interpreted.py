@@ -47,26 +47,40 @@ def check_rows() -> None:
 
 
 def check_choice() -> None:
-    """From logits, and from rows; width 200 does not fill the gate's last block."""
-    from actors.kernels.route_triton import launch_choose, launch_gate
+    """From logits; and from rows, of which some share a program, and whose width does not fill the last program."""
+    from actors.kernels.gate_triton import launch_choose, launch_gate
 
     logits_TE = torch.randn(5, 6)
     logits_TE[3] = 1
     logits_TE[4, 2] = torch.nan
     clean_TE = logits_TE.nan_to_num(-1e9)
     is_padding_T1 = torch.tensor([[False], [True], [False], [False], [False]])
-    x_TD, router_ED = torch.randn(5, 200), torch.randn(6, 200)
     for top_k, padding_T1 in ((1, is_padding_T1), (2, None)):
         ids_TK, scores_TK = torch.empty(5, top_k, dtype=torch.int64), torch.empty(5, top_k)
-        launch_choose(logits_TE, None, padding_T1, ids_TK, scores_TK)
+        launch_choose(logits_TE, None, padding_T1, ids_TK, scores_TK, None)
         expected_ids = clean_TE.sort(dim=1, descending=True, stable=True)[1][:, :top_k]
         _same(scores_TK, clean_TE.gather(1, expected_ids).sigmoid())
         assert torch.equal(ids_TK, expected_ids if padding_T1 is None else expected_ids.masked_fill(padding_T1, -1))
-        for positions_T in (None, torch.arange(5) * 3):
-            launch_gate(x_TD, router_ED, positions_T, padding_T1, ids_TK, scores_TK)
-            expected = route.choose_experts(x_TD, router_ED, top_k, positions_T, padding_T1)
-            assert torch.equal(ids_TK, expected[0])
+    for num_tokens, num_experts, top_k in ((1, 6, 1), (18, 20, 2)):
+        x_TD, router_ED = torch.randn(num_tokens, 300), torch.randn(num_experts, 300)
+        padding_T1 = torch.arange(num_tokens)[:, None] % 5 == 3
+        ids_TK, scores_TK = torch.empty(num_tokens, top_k, dtype=torch.int64), torch.empty(num_tokens, top_k)
+        num_done, counts_E = torch.zeros(2, dtype=torch.int32), torch.zeros(num_experts, dtype=torch.int64)
+        for lots_T in (None, torch.arange(num_tokens) * 3):
+            launch_gate(x_TD, router_ED, num_done, lots_T, padding_T1, ids_TK, scores_TK, counts_E.zero_())
+            expected_counts_E = torch.zeros_like(counts_E)
+            expected = route.choose_experts(x_TD, router_ED, top_k, lots_T, padding_T1, expected_counts_E)
+            assert torch.equal(ids_TK, expected[0]) and torch.equal(counts_E, expected_counts_E)
             _same(scores_TK, expected[1])
+            assert not num_done.any()
+
+
+def check_lots() -> None:
+    from actors.kernels.gate_triton import launch_lots
+
+    positions_T = torch.tensor([0, 5, 5, 1 << 20, 9])
+    launch_lots(positions_T, lots_MT := torch.empty(3, 5, dtype=torch.int64))
+    assert torch.equal(lots_MT, route.draw_lots(positions_T, 3))
 
 
 def check_placement() -> None:
@@ -138,6 +152,59 @@ def check_matmuls(form: Form, inputs: int = 256, block_inputs: int = 128) -> Non
         _same(y_PNO.sum(0), grouped.grouped_linear(everything, weight[2:], one_scale)[0])
 
 
+def check_few_rows(form: Form) -> None:
+    """As above; four warps take turns with the inputs, of which the last step has too few where the form allows it."""
+    from actors.kernels.few_rows_triton import FewRowsTiles, launch_few_rows
+
+    inputs = 1024 if form == "int4" else 288
+    N, counts_S = 24, torch.tensor([5, 0, 14])
+    placement = Placement(torch.arange(N, dtype=torch.int32), counts_S, counts_S.cumsum(0).int())
+    rows = route.form_rows(torch.randn(N, inputs), form, placement)
+    everything = PlacedRows(rows.x_ND, rows.scale_N1, None, rows.dtype)
+    for outputs, is_swiglu, split in ((80, False, 1), (80, False, 2), (512, True, 1)):
+        if is_swiglu and form == "fp8":
+            continue
+        block_inputs = 128 if form == "int4" else 32
+        tiles = FewRowsTiles(outputs=32, rows=8, inputs=block_inputs, warps=4, stages=2, split=split)
+        weight, scale = random_weight(form, (3, outputs, inputs))
+        y_PNO = torch.full((split, N, outputs // 2 if is_swiglu else outputs), 7.0)
+        options = {"swiglu": is_swiglu, "word_order": is_swiglu and form == "int4"}
+        launch_few_rows(rows.x_ND, rows.scale_N1, weight, scale, counts_S, y_PNO, FORMS[form], tiles, **options)
+        assert y_PNO[:, 19:].eq(7).all()
+        if is_swiglu:
+            _same(y_PNO[0, :19], grouped.grouped_swiglu(rows, weight, scale).x_ND[:19])
+            continue
+        _same(y_PNO.sum(0)[:19], grouped.grouped_linear(rows, weight, scale)[0, :19])
+        one_scale = None if scale is None else scale[2:]
+        launch_few_rows(rows.x_ND, rows.scale_N1, weight[2:], one_scale, None, y_PNO, FORMS[form], tiles)
+        _same(y_PNO.sum(0), grouped.grouped_linear(everything, weight[2:], one_scale)[0])
+
+
+def check_quantization_between_matmuls() -> None:
+    """SwiGLU leaves rows as they are, and their peaks; what comes after quantizes them just as a kernel between would."""
+    from actors.kernels.few_rows_triton import FewRowsTiles, launch_few_rows
+
+    N, width, counts_S = 9, 144, torch.tensor([3, 0, 4])
+    placement = Placement(torch.arange(N, dtype=torch.int32), counts_S, counts_S.cumsum(0).int())
+    rows = route.form_rows(torch.randn(N, 128), "fp8", placement)
+    gate_up, gate_up_scale = random_weight("fp8", (3, 2 * width, 128))
+    down, down_scale = random_weight("fp8", (3, 48, width))
+    tiles = FewRowsTiles(outputs=32, rows=8, inputs=32, warps=2, stages=2)
+    peaks_PN, hidden_NF = torch.full((9, N), 1e9), torch.full((1, N, width), 7.0)
+    arguments = rows.x_ND, rows.scale_N1, gate_up, gate_up_scale, counts_S, hidden_NF, FORMS["fp8"], tiles
+    launch_few_rows(*arguments, swiglu=True, peaks_PN=peaks_PN)
+    assert hidden_NF[0, 7:].eq(7).all()
+    assert peaks_PN[:, 7:].eq(1e9).all()
+    assert torch.equal(peaks_PN[:, :7].amax(0), hidden_NF[0, :7].abs().amax(1))
+    y_PNO = torch.full((1, N, 48), 7.0)
+    arguments = hidden_NF[0], None, down, down_scale, counts_S, y_PNO, FORMS["fp8"], tiles
+    launch_few_rows(*arguments, peaks_PN=peaks_PN)
+    expected = grouped.grouped_linear(grouped.grouped_swiglu(rows, gate_up, gate_up_scale), down, down_scale)
+    error = (y_PNO - expected)[0, :7]
+    assert error.norm() < 0.02 * expected[0, :7].norm()  # see above: carries
+    assert y_PNO[0, 7:].eq(7).all()
+
+
 def random_weight(form: Form, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
     weight = torch.randn(shape)
     if form == "int4":
@@ -153,12 +220,15 @@ def main() -> None:
     let_ranges_have_tensor_bounds()
     check_rows()
     check_choice()
+    check_lots()
     check_placement()
     check_gathering("plain", 1)
     check_gathering("int4", 2)
     for form in FORMS:
         check_matmuls(form)
+        check_few_rows(form)
     check_matmuls("int4", 1024, 512)
+    check_quantization_between_matmuls()
 
 
 if __name__ == "__main__":

@@ -57,7 +57,8 @@ def make_exchanges(case: Case) -> list[Exchange]:
             destination=destinations.index(rank) if rank in destinations else -1,
             source_ranks_S=torch.tensor(sources, dtype=torch.int32),
             destination_ranks_P=torch.tensor(destinations, dtype=torch.int32),
-            state=torch.zeros(3, dtype=torch.int64),
+            state=(state := torch.zeros(3, dtype=torch.int64)),
+            partner_state=state,
             host=torch.zeros(2, dtype=torch.int64),
             timeout_s=0.1,
         )

@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from interpreter import run_interpreted
+from interpreter import let_ranges_have_tensor_bounds, run_interpreted
 from torch import Tensor
 
 from actors.kernels.norm import add_rms_norm
-from actors.kernels.peer_sums import BLAMED, SEQUENCE, PeerSums, SumLayout
+from actors.kernels.peer_sums import BLAMED, CALLS, PeerSums, SumLayout
 from actors.kernels.triton_here import HAS_TRITON
 
 WORLD = 3
@@ -26,21 +26,27 @@ def test_kernels_in_the_interpreter() -> None:
 
 
 def main() -> None:
+    let_ranges_have_tensor_bounds()
     for dtype, whole_rows in ((torch.float16, 4), (torch.float16, 0), (torch.float32, 0)):
-        check_sums(dtype, whole_rows)
+        check_sums(dtype, whole_rows, 0)
+    for dtype in (torch.float16, torch.float32):
+        check_sums(dtype, 0, 2)
     check_gather(torch.float16)
+    check_largest()
 
 
-def make_ranks(dtype: torch.dtype, hidden: int, whole_rows: int) -> list[PeerSums]:
+def make_ranks(dtype: torch.dtype, hidden: int, whole_rows: int, flagged_rows: int = 0) -> list[PeerSums]:
     layout = SumLayout(
-        world=WORLD, hidden=hidden, dtype=dtype, whole_rows=whole_rows, sliced_rows=4, gather_bytes=16384
-    )
+        world=WORLD, hidden=hidden, dtype=dtype, whole_rows=whole_rows, sliced_rows=4, gather_bytes=16384,
+        flagged_rows=flagged_rows,
+    )  # fmt: skip
     buffers = tuple(torch.zeros(layout.num_bytes, dtype=torch.uint8) for _ in range(WORLD))
     bases = torch.tensor([buffer.data_ptr() for buffer in buffers])
     zeros = lambda num: torch.zeros(num, dtype=torch.int64)  # noqa: E731
     return [
         PeerSums(
-            layout=layout, rank=rank, buffers=buffers, bases=bases, state=zeros(3), host=zeros(2), timeout_s=1.0
+            layout=layout, rank=rank, buffers=buffers, bases=bases, state=zeros(layout.state_words), host=zeros(2),
+            timeout_s=1.0,
         )
         for rank in range(WORLD)
     ]  # fmt: skip
@@ -49,21 +55,21 @@ def make_ranks(dtype: torch.dtype, hidden: int, whole_rows: int) -> list[PeerSum
 def run(ranks: list[PeerSums], call: Callable[[PeerSums], Tensor]) -> list[Tensor]:
     """What `call` of each rank returns once everything that it waits for has been sent."""
     results: list[Tensor] = []
-    began_at = int(ranks[0].state[SEQUENCE])
+    began_at = ranks[0].state.clone()
     for _ in range(ROUNDS):
         for peers in ranks:
-            peers.state.copy_(torch.tensor([began_at, 0, 0]))
+            peers.state.copy_(began_at)
             peers.host.zero_()
             blame_at = peers.layout.blame
             peers.buffers[peers.rank][blame_at:].zero_()
         results = [call(peers) for peers in ranks]
     assert all(int(peers.state[BLAMED]) == 0 and peers.given_up is None for peers in ranks)
-    assert all(int(peers.state[SEQUENCE]) == began_at + 1 for peers in ranks)
+    assert all(int(peers.state[CALLS] - began_at[CALLS]) == 1 for peers in ranks)
     return results
 
 
-def check_sums(dtype: torch.dtype, whole_rows: int) -> None:
-    ranks = make_ranks(dtype, HIDDEN, whole_rows)
+def check_sums(dtype: torch.dtype, whole_rows: int, flagged_rows: int) -> None:
+    ranks = make_ranks(dtype, HIDDEN, whole_rows, flagged_rows)
     for seed in range(2):  # both halves of the areas
         torch.manual_seed(seed)
         a, b = (torch.randn(WORLD, 2, HIDDEN).to(dtype) for _ in range(2))
@@ -115,6 +121,32 @@ def check_columns(ranks: list[PeerSums], x: Tensor) -> None:
 
     for each in run(ranks, gather):
         assert torch.equal(each, torch.cat(list(x), dim=1))
+
+
+def check_largest() -> None:
+    """Ties, numbers that are none, and rows that do not fill a block."""
+    from actors.kernels import peer_sums_triton
+    from actors.kernels.largest_triton import launch_largest
+
+    x = torch.randn(WORLD, 4, 70)
+    x[:, 1] = -x[:, 1].abs()
+    x[1, 2, 5] = x[2, 2, 7] = torch.nan
+    x[:, 3] = -torch.inf
+    x[1, 0, 9] = x[2, 0, 3] = 9.0
+    expected = torch.cat(list(x), dim=1).max(1)
+    results: list[Tensor] = []
+
+    def choose(peers: PeerSums) -> Tensor:
+        results[:] = peer_sums_triton.largest_columns(peers, x[peers.rank])
+        return torch.stack((results[0].double(), results[1].double()))
+
+    for whole_rows in (4, 8):  # through the area of slices, and of whole rows
+        for each in run(make_ranks(torch.float32, HIDDEN, whole_rows), choose):
+            torch.testing.assert_close(each[0].float(), expected.values, rtol=0, atol=0, equal_nan=True)
+            assert torch.equal(each[1].long(), expected.indices)
+    values, columns = launch_largest(x[1])
+    torch.testing.assert_close(values, x[1].max(1).values, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(columns, x[1].max(1).indices)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,107 @@
+"""The divided residual stream: several ranks on one GPU, each with a stream."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from actors.kernels.norm import add_rms_norm
+from actors.kernels.peer_residual import PeerResidual, ResidualLayout, add_sums, kept_of
+
+pytestmark = pytest.mark.gpu
+
+D, MAX_ROWS, EPS = 5120, 700, 1e-5
+CUDA = torch.device("cuda")
+TOLERANCES = {torch.bfloat16: 1e-2, torch.float32: 1e-5}  # two roundings, relative
+
+
+class Ranks:
+    """Ranks that share one GPU. What they wait for is sent by kernels on other streams."""
+
+    def __init__(
+        self, world: int, dtype: torch.dtype = torch.bfloat16, timeout_s: float = 5.0, copies: bool = False
+    ) -> None:
+        layout = ResidualLayout(world=world, hidden=D, dtype=dtype, max_rows=MAX_ROWS)
+        buffers = tuple(torch.zeros(layout.num_bytes, dtype=torch.uint8, device=CUDA) for _ in range(world))
+        self.streams = [torch.cuda.Stream() for _ in range(world)]
+        self.ranks = [
+            PeerResidual(
+                layout=layout,
+                rank=rank,
+                buffers=buffers,
+                bases=torch.tensor([buffer.data_ptr() for buffer in buffers], device=CUDA),
+                state=torch.zeros(layout.state_words, dtype=torch.int64, device=CUDA),
+                host=torch.zeros(2, dtype=torch.int64, pin_memory=True),
+                timeout_s=timeout_s,
+                room_WND=torch.zeros(world, MAX_ROWS, D, dtype=dtype, device=CUDA) if copies else None,
+            )
+            for rank in range(world)
+        ]
+
+    def run(self, call: Callable[[PeerResidual], None], num_ranks: int | None = None) -> None:
+        torch.cuda.synchronize()
+        for peers, stream in list(zip(self.ranks, self.streams, strict=True))[:num_ranks]:
+            with torch.cuda.stream(stream):
+                call(peers)
+
+
+def terms(world: int, num_rows: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator(CUDA).manual_seed(num_rows)
+    return torch.randn(world, num_rows, D, generator=generator, device=CUDA).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("world", "copies"), [(2, False), (3, False), (4, False), (2, True), (3, True)])
+def test_rows_are_right_and_the_same_bits_everywhere(world: int, copies: bool, dtype: torch.dtype) -> None:
+    unit, tolerance = Ranks(world, dtype, copies=copies), TOLERANCES[dtype]
+    for call, rows in enumerate((slice(0, 300), slice(300, 700), slice(5, 6), slice(100, 613))):
+        num_rows, weight = rows.stop - rows.start, torch.randn(D, device=CUDA).to(dtype) if call % 2 else None
+        x, h = terms(world, num_rows, dtype), torch.randn(num_rows, D, device=CUDA).to(dtype)
+        shares = [kept_of(peers, rows) for peers in unit.ranks]
+        kept = [h[share.start - rows.start : share.stop - rows.start].clone() for share in shares]
+        for peers in unit.ranks:
+            peers.rows(peers.rank)[rows] = x[peers.rank]
+        unit.run(lambda p: add_sums(p, kept[p.rank], rows, weight, EPS))  # noqa: B023
+        torch.cuda.synchronize()
+        assert [peers.given_up for peers in unit.ranks] == [None] * world
+        expected_h = h + x.float().sum(0).to(dtype)
+        expected = expected_h if weight is None else add_rms_norm(expected_h.clone(), (), weight, EPS)
+        for peers in unit.ranks:
+            torch.testing.assert_close(
+                kept[peers.rank], expected_h[peers.rank :: world], rtol=tolerance, atol=4 * tolerance
+            )
+            torch.testing.assert_close(peers.rows(peers.rank)[rows], expected, rtol=tolerance, atol=4 * tolerance)
+            assert torch.equal(peers.rows(peers.rank), unit.ranks[0].rows(0))
+
+
+def test_a_peer_that_does_not_come_is_named_once_and_not_waited_for_again() -> None:
+    unit = Ranks(3, timeout_s=0.2)
+    h = torch.zeros(100, D, dtype=torch.bfloat16, device=CUDA)
+    unit.run(lambda p: add_sums(p, h.clone(), slice(0, 300), None, EPS))  # compiled here
+    torch.cuda.synchronize()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+
+    def ten(peers: PeerResidual) -> None:
+        for _ in range(10):
+            add_sums(peers, h, slice(0, 300), None, EPS)
+
+    unit.run(ten, 2)
+    torch.cuda.synchronize()
+    end.record()
+    torch.cuda.synchronize()
+    assert [peers.given_up for peers in unit.ranks] == [2, 2, None]
+    assert begin.elapsed_time(end) < 3 * 200, "later calls waited too"
+
+
+def test_the_host_ends_a_wait() -> None:
+    unit = Ranks(2, timeout_s=30.0)
+    h = torch.zeros(20, D, dtype=torch.bfloat16, device=CUDA)
+    unit.run(lambda p: add_sums(p, h, slice(0, 40), None, EPS), 1)
+    waits = torch.cuda.Event()
+    waits.record(unit.streams[0])
+    assert not waits.query()
+    unit.ranks[0].abort()
+    torch.cuda.synchronize()  # would take 30 s, or for ever
+    assert unit.ranks[0].given_up == 1
