@@ -62,6 +62,7 @@ class PipelineConfig:
     kv_cache_dtype: KvDType = "auto"  # fp8: half the bytes, float8_e4m3fn without scales
     enforce_eager: bool = False  # no CUDA graphs
     micro_batches: Literal[1, 2] = 1  # disaggregated, GPUs of one host: 2 has larger decode steps run as halves in turn
+    micro_batch_rows: int = 64  # larger are those of more requests per attention rank; a power of two
 
     step_timeout_s: float = 10.0  # a step that takes longer has lost a rank
     group_timeout_s: float = 5.0  # one collective operation
@@ -90,6 +91,8 @@ class PipelineConfig:
                     "lease_s", "ingress_lease_s"):  # fmt: skip
             if not getattr(self, key) > 0:
                 raise ConfigError(key, "must be above 0 seconds")
+        if self.micro_batch_rows < 8 or self.micro_batch_rows & (self.micro_batch_rows - 1):
+            raise ConfigError("micro_batch_rows", "must be a power of two, at least 8")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError("gpu_memory_utilization", "must be in (0, 1]")
         if self.expert_tp not in (1, self.attention_tp):
@@ -98,9 +101,9 @@ class PipelineConfig:
             raise ConfigError("expert_replicas", f"must be 1 with expert_tp {self.expert_tp}: slices have no replicas")
 
     @property
-    def divides_steps(self) -> bool:
-        """Whether attention ranks compute half of a step while the other half is at the experts."""
-        return self.micro_batches == 2 and self.layout == "disaggregated"
+    def most_whole_rows(self) -> int:
+        """Of steps with more, attention ranks compute half while the other half is at the experts; 0 if of none."""
+        return self.micro_batch_rows if self.micro_batches == 2 and self.layout == "disaggregated" else 0
 
     def as_dict(self) -> dict[str, Any]:
         """The config as plain data, for the wire and for `parse`."""

@@ -7,10 +7,9 @@ Two threads call it: one runs `join` and `step` in order; the other runs `load`,
 """
 
 import logging
-import socket
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,19 +23,16 @@ from actors.checkpoint.config import ModelConfig, read_model_config
 from actors.checkpoint.shard import Shard
 from actors.config import PipelineConfig
 from actors.dispatch.by_size import DispatchBySize
-from actors.dispatch.collective import CollectiveDispatch
 from actors.dispatch.contract import Dispatch, RoutingTable, build_routing_table
 from actors.dispatch.group import EpochGroup
 from actors.dispatch.local import LocalDispatch
-from actors.dispatch.micro_batches import MicroBatches, room_of_half
-from actors.dispatch.peer_memory import SymmetricMemory
 from actors.dispatch.replicated import ReplicatedDispatch
 from actors.dispatch.rows import TokenShape
-from actors.dispatch.symmetric import SymmetricDispatch
 from actors.dispatch.tensor_parallel import TensorParallel, make_tensor_parallel
-from actors.errors import RankError, UnreachableError
+from actors.errors import RankError
 from actors.expert.worker import ExpertWorker
 from actors.laps import Laps
+from actors.next_epoch import BetweenRanks, NextEpoch, Part, form, reach_peers
 from actors.precision import compute_dtype
 from actors.types import Epoch, Loaded, Pace, RankSpec, SlotSource, StepPlan, StepResult
 from actors.wire import ChannelKeys
@@ -44,7 +40,6 @@ from actors.wire import ChannelKeys
 log = logging.getLogger("corral.rank")
 
 EXPERT_REPORT_S = 1.0
-REACH_TIMEOUT_S = 1.0  # to open a connection to a peer, before an epoch is joined
 NO_EPOCH = 0
 
 
@@ -60,24 +55,6 @@ class Launched:
     def is_done(self) -> bool:
         """Whether `Rank.finish` will not wait."""
         return self.sampled is None or self.sampled.is_done
-
-
-_Collective = CollectiveDispatch | DispatchBySize
-
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """An epoch that can be joined: its group is formed, and what goes through it is ready."""
-
-    epoch: Epoch
-    group: EpochGroup
-    collective: _Collective | None
-
-    def drop(self) -> None:
-        """Lets go of it; peers notice."""
-        self.group.leave()
-        if isinstance(self.collective, DispatchBySize):
-            self.collective.close()
 
 
 @dataclass(slots=True)
@@ -105,16 +82,16 @@ class Rank:
         self._device = device
         self._group = EpochGroup(device, address)
         self._held: _Held | None = None
-        self._prepared: _Prepared | None = None
+        self._prepared: NextEpoch | None = None
         self._preparing = self._abandoned = NO_EPOCH  # the epoch that is prepared now, and the last given up before
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # of what runs beside the steps
+        self._stream: torch.cuda.Stream | None = None  # of what runs beside the steps, on a GPU
         self._epoch: Epoch | None = None
         self._position = 0  # in the epoch
         self._last_over = NO_EPOCH  # plans of this epoch and of those before it are dropped
         self._sequence = 0  # of the plan that came last in it
         self._answered_step = 0
         self._taken_step = 0  # the last step whose plan was taken in: it may have to be run again, not taken in again
-        self._collective: _Collective | None = None
+        self._between_ranks: BetweenRanks | None = None
         self._dispatch: Dispatch | None = None
         self._next_report_s = 0.0
         self._finished_s = 0.0  # when the last step was
@@ -255,10 +232,13 @@ class Rank:
             group.prepare(epoch.store)
         try:
             self._check_held(epoch)
-            self._reach_peers(epoch)
+            reach_peers(self.rank, epoch)
         except RankError:
-            group.refuse(epoch.epoch)
+            with suppress(RankError):  # where not even the store answers, nobody waits for this rank alone
+                group.refuse(epoch.epoch)
             raise
+        if self._stream is None and self._device.type == "cuda":
+            self._stream = torch.cuda.Stream(self._device)
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             self._prepared = self._form(epoch, group, hurries)
             if self._stream is not None:
@@ -269,44 +249,22 @@ class Rank:
         if spec != held.spec or (held.experts is not None and not held.experts.holds(spec.slots)):
             raise RankError(self.rank, f"does not hold the slots that epoch {epoch.epoch} names")
 
-    def _form(self, epoch: Epoch, group: EpochGroup, hurries: bool) -> _Prepared:
-        """The epoch's group, and what goes through it. Collective."""
-        held, size, laps = self._loaded_state(), len(epoch.ranks), Laps()
-        collective = None
-        if size > 1:
-            group.join(
-                epoch.epoch, epoch.position(self.rank), size, held.pipeline.join_timeout_s,
-                held.pipeline.group_timeout_s, lambda: epoch.epoch <= self._abandoned,
-            )  # fmt: skip
-            if not hurries:
-                group.connect()
-            laps.lap("group")
-        prepared = _Prepared(epoch, group, None)
-        if size > 1 and held.tp.size == 1:
+    def _form(self, epoch: Epoch, group: EpochGroup, hurries: bool) -> NextEpoch:
+        held, part = self._loaded_state(), None
+        if len(epoch.ranks) > 1 and held.tp.size == 1:
             slots = {position: spec.slots for position, spec in enumerate(epoch.ranks)}
-            try:
-                before = None if hurries else self._collective
-                collective = self._make_collective(epoch, held, self._routing(held.model, slots), group, before)
-            except RankError:
-                prepared.drop()
-                raise
-            laps.lap("dispatch")
-        log.info("rank %d formed epoch %d of %d ranks: %s", self.rank, epoch.epoch, size, laps)
-        return _Prepared(epoch, group, collective)
-
-    def _reach_peers(self, epoch: Epoch) -> None:
-        """Opens a connection to each peer once: a cut is found here, with a name, and not in the group, without."""
-        deaf = []
-        for spec, endpoint in zip(epoch.ranks, epoch.endpoints, strict=False):
-            if spec.rank == self.rank:
-                continue
-            host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
-            try:
-                socket.create_connection((host, int(port)), REACH_TIMEOUT_S).close()
-            except OSError:
-                deaf.append(spec.rank)
-        if deaf:
-            raise UnreachableError(self.rank, tuple(deaf))
+            part = Part(
+                routing=self._routing(held.model, slots),
+                experts=held.experts,
+                shape=self._token_shape(held.model, held.pipeline),
+                before=None if hurries else self._between_ranks,
+            )
+        position = epoch.position(self.rank)
+        formed, laps = form(
+            epoch, position, group, held.pipeline, part, hurries, lambda: epoch.epoch <= self._abandoned
+        )
+        log.info("rank %d formed epoch %d of %d ranks: %s", self.rank, epoch.epoch, len(epoch.ranks), laps)
+        return formed
 
     def interrupt(self, epoch: int | None = None) -> None:
         """Epoch `epoch`, or whichever this rank is in, is over: a step that waits for peers fails now."""
@@ -331,11 +289,11 @@ class Rank:
             raise RankError(self.rank, f"epoch {epoch_number} was not prepared")
         laps, epoch = Laps(), prepared.epoch
         has_moved = held.experts is not None and held.experts.has_moved
-        takes_over = not has_moved and self._hand_over(prepared.collective)
+        takes_over = not has_moved and self._hand_over(prepared.dispatch)
         self.leave()
         laps.lap("left")
         self._position, self._prepared = epoch.position(self.rank), None
-        self._group, self._collective = prepared.group, prepared.collective
+        self._group, self._between_ranks = prepared.group, prepared.dispatch
         before = self._dispatch
         is_void = held.tp.join(self._group, epoch.unit_positions(self.rank), fresh)
         self._dispatch = self._make_dispatch(epoch, held, fresh)
@@ -354,9 +312,9 @@ class Rank:
         log.info("rank %d joined epoch %d of %d ranks, %s graphs: %s",
                  self.rank, epoch_number, len(epoch.ranks), "keeps" if keeps_graphs else "has no", laps)  # fmt: skip
 
-    def _hand_over(self, successor: _Collective | None) -> bool:
+    def _hand_over(self, successor: BetweenRanks | None) -> bool:
         """Has `successor` go on with the graphs of the epoch that is left now, if they fit and it has ended well."""
-        before, is_well = self._collective, self._epoch is not None and self._epoch.epoch > self._last_over
+        before, is_well = self._between_ranks, self._epoch is not None and self._epoch.epoch > self._last_over
         if not (is_well and isinstance(before, DispatchBySize) and isinstance(successor, DispatchBySize)):
             return False
         return successor.take_over(before)
@@ -374,8 +332,8 @@ class Rank:
             return ReplicatedDispatch(
                 held.experts, slots, model.moe_layers, model.num_experts, self._position, self._device
             )
-        if self._collective is not None:
-            return self._collective
+        if self._between_ranks is not None:
+            return self._between_ranks
         return self._local_dispatch(held)
 
     def _local_dispatch(self, held: _Held) -> LocalDispatch:
@@ -388,51 +346,21 @@ class Rank:
             held.local.update(routing)
         return held.local
 
-    def _make_collective(
-        self, epoch: Epoch, held: _Held, routing: RoutingTable, group: EpochGroup, before: _Collective | None
-    ) -> _Collective:
-        """Through the group; small steps through each other's memory, where all ranks are GPUs of one host."""
-        shape, sources = self._token_shape(held.model, held.pipeline), epoch.positions_of("attention")
-        collective = CollectiveDispatch(group, routing, held.experts, sources, shape)
-        hosts = {endpoint.rpartition(":")[0] for endpoint in epoch.endpoints}
-        if self._device.type != "cuda" or len(hosts) > 1 or held.pipeline.enforce_eager:
-            return collective
-        memory = SymmetricMemory(group, self._device, held.pipeline.join_timeout_s)
-        max_tokens, timeout_s = held.pipeline.max_num_seqs, held.pipeline.group_timeout_s
-        old = before.small if isinstance(before, DispatchBySize) else None
-        small: SymmetricDispatch | MicroBatches
-        if held.pipeline.divides_steps:
-            halves = old.halves if isinstance(old, MicroBatches) else (None, None)
-            first, second = (
-                SymmetricDispatch(
-                    memory,
-                    routing,
-                    held.experts,
-                    sources,
-                    shape,
-                    timeout_s,
-                    room_of_half(max_tokens),
-                    f"half {i}",
-                    half,
-                )
-                for i, half in enumerate(halves, 1)
-            )
-            small = MicroBatches(first, second, max_tokens)
-        else:
-            small = SymmetricDispatch(
-                memory, routing, held.experts, sources, shape, timeout_s, max_tokens,
-                before=old if isinstance(old, SymmetricDispatch) else None,
-            )  # fmt: skip
-        small.start()
-        return DispatchBySize(small, collective, self._device)
-
     def leave(self) -> None:
         """Ends this rank's part in its epoch; peers that wait for it get an error at once."""
         self._epoch = None
         self._group.leave()  # first: what waits for the device must not wait for lost peers
-        if isinstance(self._collective, DispatchBySize):
-            self._collective.close()
-        self._collective = None
+        if isinstance(self._between_ranks, DispatchBySize):
+            self._between_ranks.close()
+        self._between_ranks = None
+
+    def stop(self) -> None:
+        """Ends this rank's part in any epoch, the one that it is in and the one that may follow."""
+        self.interrupt()
+        self.leave()
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None:
+            prepared.drop()
 
     def step(self, plan: StepPlan) -> StepResult | None:
         """Runs one step to its end."""
@@ -530,8 +458,8 @@ class Rank:
             assert plan.rank_plan and attention and self._dispatch, "only attention ranks bring tokens"
             self._dispatch.begin_step(plan.tokens_of_rank)
             return attention.launch(plan.rank_plan, max(plan.tokens_of_rank))
-        if self._collective is not None:
-            self._collective.serve_step(plan.tokens_of_rank)
+        if self._between_ranks is not None:
+            self._between_ranks.serve_step(plan.tokens_of_rank)
         return None
 
     def _loaded_state(self) -> _Held:

@@ -100,7 +100,7 @@ class RankLoop:
             self._tasks.put(None)
             self._rank.interrupt()
             threads[0].join()  # the task thread may be reading for long: it is a daemon, and the process ends
-            self._rank.leave()
+            self._rank.stop()
             self._weights.stop()
             for server in (self._control, self._steps, self._answers):
                 server.close(linger=0)

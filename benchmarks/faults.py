@@ -272,10 +272,7 @@ def strike_at_random(served: Served, rng: random.Random) -> str:
         return f"to {experts} expert and {attention} attention ranks"
     title = rng.choices((EXPERT, ATTENTION, ROUTER), (6, 3, 1))[0]
     how = rng.choice((signal.SIGKILL, signal.SIGSTOP)) if title != ROUTER else signal.SIGKILL
-    if not served.pids(title):
-        return ""
-    served.hurt(title, how)
-    return f"{title.rpartition(':')[2]} {how.name}"
+    return f"{title.rpartition(':')[2]} {how.name}" if served.hurt(title, how) else ""
 
 
 def soak(model: str, seconds: float, seed: int, film: Film) -> dict[str, Any]:

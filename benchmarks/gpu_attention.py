@@ -16,7 +16,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from actors.kernels.decode_attention import DecodeContext, DecodeScratch, decode_attention
+from actors.kernels.decode_attention import (
+    DecodeContext,
+    DecodeScratch,
+    NewestTokens,
+    decode_attention,
+    store_and_attend,
+)
 from actors.kernels.decode_inputs import PageTable
 from actors.kernels.heads import Heads, store_heads
 from actors.kernels.norm import add_rms_norm
@@ -57,7 +63,8 @@ class Case:
         )
         self.q_BHd = self.qkv_BN.view(num_rows, -1, HEAD_DIM)[:, : heads.num_heads]
 
-    def launch(self) -> Callable[[], None]:
+    def launch(self, stores: bool) -> Callable[[], None]:
+        """Of decode attention; `stores`: with what makes heads ready and keeps the newest."""
         context = DecodeContext(
             seats_B=torch.arange(self.num_rows, dtype=torch.int32, device=CUDA),
             positions_B=torch.full((self.num_rows,), self.context_tokens - 1, device=CUDA),
@@ -65,10 +72,18 @@ class Case:
             chunk_tokens=0,
         )
         scratch = DecodeScratch(self.heads, self.num_rows, CUDA)
+        newest = NewestTokens(
+            write_slots_B=self.pages_BW[:, -1].long() * PAGE_TOKENS + (self.context_tokens - 1) % PAGE_TOKENS,
+            rotations_BR2=torch.randn(self.num_rows, HEAD_DIM // 2, 2, device=CUDA),
+            temperatures_B=None,
+        )
 
         def launch() -> None:
             for pages_PSHd in self.layers_LPSHd:
-                decode_attention(self.q_BHd, pages_PSHd, context, self.heads, scratch)
+                if stores:
+                    store_and_attend(self.qkv_BN, pages_PSHd, newest, context, self.heads, scratch)
+                else:
+                    decode_attention(self.q_BHd, pages_PSHd, context, self.heads, scratch)
 
         return launch
 
@@ -82,8 +97,9 @@ def decode(heads: Heads, options: argparse.Namespace, peak: float) -> None:
     cache_dtype = torch.float8_e4m3fn if options.fp8_cache else DTYPE
     for num_rows, tokens in itertools.product(options.batch, options.context):
         case = Case(heads, num_rows, tokens, cache_dtype)
-        us = graph_us(case.launch()) / case.num_layers
-        report(f"decode {heads.num_heads}:{heads.num_kv_heads}", num_rows, str(tokens), us, case.kv_bytes, peak)
+        for name, stores in (("decode", False), ("heads, decode", True)):
+            us = graph_us(case.launch(stores)) / case.num_layers
+            report(f"{name} {heads.num_heads}:{heads.num_kv_heads}", num_rows, str(tokens), us, case.kv_bytes, peak)
 
 
 def small_kernels(heads: Heads, options: argparse.Namespace, peak: float) -> None:

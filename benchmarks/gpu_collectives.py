@@ -42,12 +42,14 @@ def measure(unit: UnitOfRanks, most_rows: int) -> str:
     names = ("all_reduce", "nccl", "add_rms_norm", "norm")
     rows = [[n, *(f"{max(unit.ask('time_us', name, n)):.1f}" for name in names)] for n in ROWS if n <= most_rows]
     header = ("tokens", "all-reduce", "NCCL all-reduce", "all-reduce, add and norm", "add and norm alone")
+    width = VOCAB // unit.size
     gathers = [
-        [n, f"{max(unit.ask('time_us', 'gather', n, VOCAB // unit.size)):.1f}", 2 * n * VOCAB >> 10]
+        [n, *(f"{max(unit.ask('time_us', name, n, width)):.1f}" for name in ("gather", "largest")), 2 * n * VOCAB >> 10]
         for n in GATHERED_ROWS
         if n <= most_rows
     ]
-    return table(header, rows) + "\n\n" + table(("rows", "gather of logits", "KiB in all"), gathers)
+    of_logits = ("rows", "gather of logits", "the largest of each row", "KiB in all")
+    return table(header, rows) + "\n\n" + table(of_logits, gathers)
 
 
 def interrupt(unit: UnitOfRanks) -> list[str]:

@@ -18,7 +18,6 @@ from pathlib import Path
 from actors.checkpoint.config import read_model_config
 from actors.checkpoint.make_model import write_description
 from actors.checkpoint.shapes import named_shape
-from actors.dispatch.micro_batches import MOST_WHOLE_ROWS
 from benchmarks import report
 from benchmarks.engine import Engine, Trace
 from benchmarks.workload import Item
@@ -105,7 +104,7 @@ def measure(args: argparse.Namespace, model: Path, batches: list[int], peer: dic
             if problems:
                 raise RuntimeError(problems[0])
             tpot_ms = time_per_token_ms(traces)
-            is_divided = plan.divides_steps and -(-batch // plan.attention_ranks) > MOST_WHOLE_ROWS
+            is_divided = 0 < plan.most_whole_rows < -(-batch // plan.attention_ranks)
             of_step = replace(split, micro_batches=2 if is_divided else 1)
             floor_ms = 1e3 * step_floor_s(footprint, machines, of_step, decode(batch, context_tokens))
             rate = batch / tpot_ms * 1e3

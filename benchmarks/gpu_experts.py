@@ -1,10 +1,12 @@
-"""What routed experts cost on a GPU: the whole part after the gate, and each of its matmuls by every kernel there is.
+"""What experts cost on a GPU: the routed part after the gate, and each of its matmuls by every kernel there is.
 
-One layer of Scout (16 experts) or of Maverick on one of four GPUs (32 of its 128). Times are medians of CUDA graphs in
-which each call has another layer or other experts, so that no weight comes from the L2 cache. GB/s count the weights of
-experts that have tokens, once; beside them stands the bandwidth of a kernel that only moves bytes, in the same run.
+One layer of Scout (16 experts), or of Maverick on one of four GPUs: 32 of its 128 experts, or a quarter of each of them
+(maverick-slices). Times are medians of CUDA graphs in which each call has another layer or other experts, so that no
+weight comes from the L2 cache. GB/s count the weights of experts that have tokens, once; beside them stands the
+bandwidth of a kernel that only moves bytes, in the same run. With --dense also matmuls that every token takes.
 
     python -m benchmarks.gpu_experts [--models scout,maverick] [--forms fp8,int4,plain] [--tokens 1,8,32,...] [--parts]
+        [--dense]
 """
 
 import argparse
@@ -20,10 +22,10 @@ from actors.expert.experts import LayerExperts
 from actors.kernels import grouped, route
 from actors.kernels.grouped import Engine
 from actors.kernels.libraries import fbgemm_loaded
-from actors.kernels.route import Form
+from actors.kernels.route import Form, PlacedRows
 from benchmarks.gpu_timing import memory_gb_per_s, time_us
 
-HIDDEN, WIDTH = 5120, 8192
+HIDDEN = 5120
 TOKENS = (1, 8, 32, 128, 256, 2048, 8192)
 CALLS = 8  # in a graph
 MAX_LAYER_BYTES = 20e9  # of all layers that calls go around
@@ -34,9 +36,24 @@ class Model:
     name: str
     num_experts: int
     num_slots: int
+    width: int = 8192  # of an expert, or of the part of it that is here
 
 
-MODELS = {"scout": Model("scout", 16, 16), "maverick": Model("maverick", 128, 32)}
+MODELS = {
+    model.name: model
+    for model in (Model("scout", 16, 16), Model("maverick", 128, 32), Model("maverick-slices", 128, 128, 2048))
+}
+# Outputs, inputs and whether SwiGLU follows, of matmuls in bf16: Scout's on one GPU, and Maverick's on one of four.
+DENSE = {
+    "scout qkv": (7168, 5120, False),
+    "scout wo": (5120, 5120, False),
+    "maverick/4 qkv": (1792, 5120, False),
+    "maverick/4 wo": (5120, 1280, False),
+    "maverick/4 shared gate, up": (4096, 5120, True),
+    "maverick/4 shared down": (5120, 2048, False),
+    "maverick/4 dense gate, up": (8192, 5120, True),
+    "maverick/4 dense down": (5120, 4096, False),
+}
 
 
 def random_weight(form: Form, num_slots: int, outputs: int, inputs: int) -> tuple[Tensor, Tensor | None]:
@@ -56,9 +73,9 @@ def random_weight(form: Form, num_slots: int, outputs: int, inputs: int) -> tupl
     return quantized, torch.full((num_slots, outputs), 1e-4, device="cuda")
 
 
-def random_layer(form: Form, num_slots: int) -> ExpertWeights:
-    gate_up, gate_up_scale = random_weight(form, num_slots, 2 * WIDTH, HIDDEN)
-    down, down_scale = random_weight(form, num_slots, HIDDEN, WIDTH)
+def random_layer(form: Form, model: Model) -> ExpertWeights:
+    gate_up, gate_up_scale = random_weight(form, model.num_slots, 2 * model.width, HIDDEN)
+    down, down_scale = random_weight(form, model.num_slots, HIDDEN, model.width)
     return ExpertWeights(gate_up_SND=gate_up, down_SDF=down, gate_up_scale_SN=gate_up_scale, down_scale_SD=down_scale)
 
 
@@ -93,9 +110,9 @@ class Bench:
 
     def __init__(self, model: Model, form: Form) -> None:
         self.model, self.form = model, form
-        first = random_layer(form, model.num_slots)
+        first = random_layer(form, model)
         num_layers = max(1, min(CALLS, int(MAX_LAYER_BYTES / (slot_bytes(first) * model.num_slots))))
-        self.layers = [first] + [random_layer(form, model.num_slots) for _ in range(num_layers - 1)]
+        self.layers = [first] + [random_layer(form, model) for _ in range(num_layers - 1)]
         slots = torch.arange(model.num_experts, device="cuda")
         self.slot_of_E = slots.where(slots < model.num_slots, -1)
 
@@ -158,12 +175,31 @@ def report(model: Model, form: Form, token_counts: list[int], with_parts: bool) 
         print(line, flush=True)
 
 
+def report_dense(token_counts: list[int]) -> None:
+    """Microseconds of what a step runs, and of cuBLAS with a kernel for SwiGLU where one follows."""
+    for name, (outputs, inputs, is_gate_up) in DENSE.items():
+        weights = [random_weight("plain", 1, outputs, inputs)[0] for _ in range(CALLS * 2)]
+        for num_tokens in token_counts:
+            x_TI = torch.randn(num_tokens, inputs, device="cuda").to(torch.bfloat16)
+            rows = route.form_rows(x_TI, "plain")
+            calls = [_dense_call(rows, weight, is_gate_up, None) for weight in weights]
+            cublas = [_dense_call(rows, weight, is_gate_up, "torch") for weight in weights]
+            us, cublas_us, bytes_us = time_us(calls), time_us(cublas), outputs * inputs * 2 / 4.3e6
+            print(f"{name:28} T={num_tokens:<4} {us:7.1f} us cuBLAS {cublas_us:7.1f} bytes {bytes_us:7.1f}", flush=True)
+
+
+def _dense_call(rows: PlacedRows, weight: Tensor, is_gate_up: bool, engine: Engine | None) -> Callable[[], object]:
+    call = grouped.grouped_swiglu if is_gate_up else grouped.grouped_linear
+    return lambda: call(rows, weight, None, engine)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="scout,maverick")
     parser.add_argument("--forms", default="fp8,int4,plain")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--parts", action="store_true", help="also each matmul by each engine")
+    parser.add_argument("--dense", action="store_true", help="also matmuls in bf16 that every token takes")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("needs a CUDA device")
@@ -171,7 +207,9 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}: memory {memory_gb_per_s():.0f} GB/s", flush=True)
     token_counts = [int(count) for count in options.tokens.split(",")]
     with torch.inference_mode():
-        for name in options.models.split(","):
+        if options.dense:
+            report_dense([count for count in token_counts if count <= 256])
+        for name in filter(None, options.models.split(",")):
             for form in options.forms.split(","):
                 report(MODELS[name], form, token_counts, options.parts)
                 torch.cuda.empty_cache()

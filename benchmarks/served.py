@@ -1,6 +1,6 @@
 """A service of `corral serve` to be measured: started in the background, ended with the context."""
 
-import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -12,11 +12,9 @@ from pathlib import Path
 
 import psutil
 
-from cluster.private_ray import forget_foreign
-from cluster.session import Session, StateFolder, family_of
+from cluster.session import StateFolder, family_of
 
 PORTS = (18200, 19200)
-SCALE_TIMEOUT_S = 30.0
 PARTS = {  # of a service, by what their processes' titles have in them
     "corral:Ingress": "ingress", "corral:Router": "router", "AttentionActor": "ranks", "ExpertActor": "ranks",
     "HAProxyManager": "Serve, Ray", "ProxyActor": "proxy", "haproxy": "HAProxy",
@@ -28,6 +26,7 @@ class Served:
 
     def __init__(self, directory: Path | str, flags: Sequence[str]) -> None:
         self._directory, self._flags = directory, flags
+        self._bounds: subprocess.Popen[str] | None = None
         self.url, self.grpc = f"http://127.0.0.1:{PORTS[0]}", f"127.0.0.1:{PORTS[1]}"
 
     def __enter__(self) -> "Served":
@@ -39,13 +38,16 @@ class Served:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if "ray" in sys.modules:  # see `_connect`
-            sys.modules["ray"].shutdown()
+        if self._bounds is not None:
+            self._bounds.kill()
+            self._bounds.wait()
         subprocess.run([sys.executable, "-m", "cluster.cli", "stop", "--port", str(PORTS[0])], check=True)
 
     def processes(self) -> list[psutil.Process]:
         found = []
-        for process in family_of(self._session()):
+        session = StateFolder(PORTS[0]).read()
+        assert session is not None
+        for process in family_of(session):
             try:
                 found.append(psutil.Process(process.pid))
             except psutil.NoSuchProcess:
@@ -80,44 +82,18 @@ class Served:
         return [pid for _, pid in sorted(found)]
 
     def scale(self, **bounds: int) -> None:
-        """Has the router that runs take other keys of ScalingConfig, until it dies: what `serve deploy` does with them.
+        """Has the router that runs take other keys of ScalingConfig: see `bounds.py`."""
+        if self._bounds is None:
+            command = [sys.executable, "-m", "benchmarks.bounds", str(PORTS[0])]
+            self._bounds = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._bounds.stdin and self._bounds.stdout
+        print(json.dumps(bounds), file=self._bounds.stdin, flush=True)
+        if self._bounds.stdout.readline() != "ok\n":
+            raise RuntimeError(f"no router took {bounds}")
 
-        Raises TimeoutError if none answers.
-        """
-        self._connect()
-        from ray import serve
-        from ray.exceptions import RayError
-        from ray.serve.exceptions import RayServeException
-
-        async def ask() -> None:
-            await serve.get_deployment_handle("Router", app_name="corral").reconfigure.remote(bounds)
-
-        ends_s = time.monotonic() + SCALE_TIMEOUT_S
-        while time.monotonic() < ends_s:
-            try:
-                return asyncio.run(asyncio.wait_for(ask(), SCALE_TIMEOUT_S / 3))
-            except (RayError, RayServeException, TimeoutError):  # it was killed just now
-                time.sleep(0.5)
-        raise TimeoutError(f"no router took {bounds}")
-
-    def _connect(self) -> None:
-        """Makes this process a driver of the service's Ray, which reads the environment as it is imported."""
-        while not (session := self._session()).ray_address:  # it answers before all of Serve says that it runs
-            time.sleep(0.1)
-        forget_foreign(os.environ)
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(Path(session.scratch) / "token")}
-        import ray
-
-        if not ray.is_initialized():
-            ray.init(address=session.ray_address, namespace="corral", log_to_driver=False)
-
-    def _session(self) -> Session:
-        session = StateFolder(PORTS[0]).read()
-        assert session is not None
-        return session
-
-    def hurt(self, title: str, how: signal.Signals = signal.SIGKILL) -> int:
-        """Signals the youngest process of that title."""
-        pid = self.pids(title)[-1]
-        os.kill(pid, how)
-        return pid
+    def hurt(self, title: str, how: signal.Signals = signal.SIGKILL) -> bool:
+        """Signals the youngest process of that title; False if there is none."""
+        pids = self.pids(title)
+        if pids:
+            os.kill(pids[-1], how)
+        return bool(pids)

@@ -85,10 +85,18 @@ class Member:
     def check_gather(self, num_rows: int, width: int, captured: bool) -> str:
         terms = [self._draw((num_rows, width), 10 + i) for i in range(self._size)]
         expected = torch.cat(terms, dim=1)
-        for (got,) in self._runs(lambda: (self._tp.all_gather_columns(terms[self._index]),), captured):
+        largest, columns = expected.max(1)
+
+        def work() -> tuple[Tensor, Tensor, Tensor]:
+            own = terms[self._index]
+            return self._tp.all_gather_columns(own), *self._tp.largest_columns(own)
+
+        for gathered, *found in self._runs(work, captured):
             self._group.synchronize()
-            if not torch.equal(got, expected):
+            if not torch.equal(gathered, expected):
                 return f"gather of {num_rows} rows of {width} differs"
+            if not (torch.equal(found[0], largest.float()) and torch.equal(found[1], columns)):
+                return f"largest of {num_rows} rows of {width} differs"
         return ""
 
     def time_us(self, what: str, num_rows: int, width: int = 0) -> float:
@@ -101,6 +109,7 @@ class Member:
             "norm": lambda: add_rms_norm(h, (x,), weight, 1e-5),
             "nccl": lambda: _nccl_all_reduce(self._group, x),
             "gather": lambda: self._tp.all_gather_columns(x),
+            "largest": lambda: self._tp.largest_columns(x),
         }
         try:
             return self._timed_us(calls[what])

@@ -1,7 +1,7 @@
 """A part of a layer beside the others: in captured small steps on a stream of its own.
 
-Owns the fork and the join. Knows nothing of what is computed. As in `dispatch/beside.py`, chains of small kernels fill
-each other's gaps: what needs only the layer's rows does not wait for the gate.
+Owns the fork and the join. Knows nothing of what is computed. As in `dispatch/beside.py`, chains of kernels fill each
+other's gaps.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,9 @@ MAX_TOKENS = 256
 
 
 class Beside:
-    """One part at a time: `start`, what else there is, then what `start` returned."""
+    """`start`, what else there is, then what `start` returned. Parts that are begun before others are done come after
+    them.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -31,9 +33,10 @@ class Beside:
         stream.wait_stream(torch.cuda.current_stream(x_TD.device))
         with torch.cuda.stream(stream):
             y_TD = compute(x_TD)
+            is_computed = stream.record_event()
 
         def finish() -> Tensor:
-            torch.cuda.current_stream(x_TD.device).wait_stream(stream)
+            torch.cuda.current_stream(x_TD.device).wait_event(is_computed)
             return y_TD
 
         return finish

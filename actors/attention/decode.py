@@ -22,7 +22,7 @@ from actors.attention.rope import inverse_frequencies
 from actors.checkpoint.config import ModelConfig
 from actors.dispatch.by_size import DispatchBySize
 from actors.dispatch.contract import Dispatch
-from actors.dispatch.micro_batches import MOST_WHOLE_ROWS, MicroBatches, rows_of_first
+from actors.dispatch.micro_batches import MicroBatches, rows_of_first
 from actors.kernels.decode_inputs import (
     CHUNKED_PAGE,
     GLOBAL_PAGE,
@@ -68,10 +68,12 @@ class DecodeSteps:
         attention: KernelAttention,
         max_rows: int,
         device: torch.device,
-        divides_steps: bool = False,
+        most_whole_rows: int = 0,
     ) -> None:
-        """`divides_steps`: a dispatch may have larger steps run as two halves in turn (`dispatch/micro_batches.py`)."""
-        self._divides_steps = divides_steps
+        """`most_whole_rows`: unless it is 0, a dispatch may have larger steps run as two halves in turn
+        (`dispatch/micro_batches.py`).
+        """
+        self._most_whole_rows = most_whole_rows
         self._model = model
         self._attention = attention
         self._device = device
@@ -131,7 +133,7 @@ class DecodeSteps:
         self._packed_FB[POSITION].zero_()
         for size in self._sizes:
             self._forward(size, [(dispatch, slice(0, size))])
-            if self._divides_steps and size > MOST_WHOLE_ROWS:
+            if 0 < self._most_whole_rows < size:
                 first = rows_of_first(size)
                 self._forward(size, [(dispatch, slice(0, first)), (dispatch, slice(first, size))])
 
@@ -189,8 +191,8 @@ class DecodeSteps:
         fill_decode_rows(
             rows, self._packed_FB, self._last_tokens_S, tables.global_table, tables.chunked_table, self._scales
         )
-        runs = [self._stages(rows.part(of_part), dispatch) for dispatch, of_part in parts]
-        h_BD = torch.cat(run_in_turn(runs)) if len(runs) > 1 else run_in_turn(runs)[0]
+        found = run_in_turn([self._stages(rows.part(of_part), dispatch) for dispatch, of_part in parts])
+        h_BD = torch.cat(found) if len(found) > 1 else found[0]
         return self._model.write_logits(h_BD, self._part_BC[:size]), rows
 
     def _stages(self, rows: DecodeRows, dispatch: Dispatch) -> Stages:

@@ -61,8 +61,12 @@ def keep_min_p(weight_RV: Tensor, min_p_R: Tensor) -> Tensor:
 
     min_p_R float64 in [0, 1].
     """
-    least_R = (min_p_R * unit(weight_RV.shape[-1])).ceil_().to(torch.int64)
-    return weight_RV.masked_fill(weight_RV < least_R[:, None], 0)
+    return weight_RV.masked_fill(weight_RV < least_weight(min_p_R, weight_RV.shape[-1])[:, None], 0)
+
+
+def least_weight(min_p_R: Tensor, vocab_size: int) -> Tensor:
+    """int64: of a token that is `min_p` (float64 in [0, 1]) times as likely as the likeliest."""
+    return (min_p_R * unit(vocab_size)).ceil_().to(torch.int64)
 
 
 def draw(weight_RV: Tensor, uniform_R: Tensor) -> Tensor:

@@ -24,14 +24,17 @@ from actors.config import Routing
 from actors.dispatch.contract import Dispatch
 from actors.dispatch.residual import Residual
 from actors.dispatch.tensor_parallel import ALONE, TensorParallel
-from actors.kernels.linear import swiglu_ffn
+from actors.kernels.draw import Draws
+from actors.kernels.linear import linear, swiglu_ffn
 from actors.kernels.norm import add_rms_norm
 from actors.kernels.route import GateScratch, choose_experts, draw_lots
 
 
-def ffn(x_TD: Tensor, weights: DenseFfn) -> Tensor:
-    """down(silu(gate(x)) * up(x)): [T, D]; the gate is the first half of the rows of `gate_up_ND`."""
-    return swiglu_ffn(x_TD, weights.gate_up_ND, weights.down_DF, weights.gate_up_scale, weights.down_scale)
+def ffn(x_TD: Tensor, weights: DenseFfn, room_TD: Tensor | None = None) -> Tensor:
+    """down(silu(gate(x)) * up(x)): [T, D]; the gate is the first half of the rows of `gate_up_ND`. `room_TD`: see
+    `swiglu_ffn`.
+    """
+    return swiglu_ffn(x_TD, weights.gate_up_ND, weights.down_DF, weights.gate_up_scale, weights.down_scale, room_TD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +153,8 @@ class AttentionModel:
         deltas: tuple[Tensor, ...] = ()  # not yet added to h; partial sums where attention is tensor-parallel
         for i, layer in enumerate(self._weights.layers):
             x_TD = self._tp.add_rms_norm(h_TD, deltas, layer.input_norm_D, self._eps)
-            out_TA = attend(i, F.linear(x_TD, layer.wqkv_QD))
-            out_TD = F.linear(out_TA, layer.wo_DA)
+            out_TA = attend(i, linear(x_TD, layer.wqkv_QD))
+            out_TD = linear(out_TA, layer.wo_DA)
             x_TD = self._tp.add_rms_norm(h_TD, (out_TD,), layer.post_norm_D, self._eps)
             if isinstance(layer.ffn, DenseFfn):
                 deltas = (ffn(x_TD, layer.ffn),)
@@ -165,13 +168,13 @@ class AttentionModel:
         dispatch: Dispatch,
     ) -> Generator[None, None, tuple[Tensor, Tensor]]:  # fmt: skip
         """What the shared and the routed experts add to the hidden states. Stops while tokens are away."""
-        shared = self._beside.start(partial(ffn, weights=moe.shared), x_TD)
         lot_T, counts_E = gating
         choice = self._gate(x_TD, self._routers[i], lot_T, padding_T1, counts_E)
         receipt = dispatch.dispatch(x_TD, choice.expert_ids_TK, choice.scores_TK, i)
-        shared_TD = shared()
+        # Not before the gate: a large matmul leaves no multiprocessor to it, and all would wait for the routed experts.
+        shared = self._beside.start(partial(ffn, weights=moe.shared), x_TD)
         yield
-        return shared_TD, dispatch.combine(receipt)
+        return shared(), dispatch.combine(receipt)
 
     @property
     def min_large_rows(self) -> int:
@@ -199,7 +202,8 @@ class AttentionModel:
             if isinstance(layer.ffn, DenseFfn):
                 for rows in all_rows:
                     residual.wait(rows)
-                    residual.add(rows, (ffn(residual.x_TD[rows], layer.ffn),), next_norm_D)
+                    x_RD = residual.x_TD[rows]
+                    residual.add(rows, (ffn(x_RD, layer.ffn, room_TD=x_RD),), next_norm_D)
             else:
                 self._moe_in_parts(i, residual, all_rows, layer.ffn, next(gating), next_norm_D, dispatch)
         residual.finish()
@@ -209,20 +213,21 @@ class AttentionModel:
         self, i: int, residual: Residual, all_rows: Sequence[slice], moe: MoeGate,
         gating: tuple[Tensor | None, Tensor], next_norm_D: Tensor | None, dispatch: Dispatch,
     ) -> None:  # fmt: skip
-        """The shared expert of the last part comes after the routed ones, for the sums of the others to run beside."""
-        shared_of: list[Tensor] = []
-        for rows in all_rows[:-1]:
+        """The first part's shared expert runs beside the last sums that the routed ones need; those of the other parts
+        come after these, beside the first sums of what they gave.
+        """
+        first, *others = all_rows
+        residual.wait(first)
+        shared_RD = ffn(residual.x_TD[first], moe.shared)
+        for rows in others:
             residual.wait(rows)
-            shared_of.append(ffn(residual.x_TD[rows], moe.shared))
-        residual.wait(all_rows[-1])
         lot_T, counts_E = gating
         choice = self._gate(residual.x_TD, self._routers[i], lot_T, None, counts_E)
         receipt = dispatch.dispatch(residual.x_TD, choice.expert_ids_TK, choice.scores_TK, i)
         routed_TD = dispatch.combine(receipt)
-        for rows, shared_RD in zip(all_rows, shared_of, strict=False):
-            residual.add(rows, (shared_RD, routed_TD[rows]), next_norm_D)
-        rows = all_rows[-1]
-        residual.add(rows, (ffn(residual.x_TD[rows], moe.shared), routed_TD[rows]), next_norm_D)
+        residual.add(first, (shared_RD, routed_TD[first]), next_norm_D)
+        for rows in others:
+            residual.add(rows, (ffn(residual.x_TD[rows], moe.shared), routed_TD[rows]), next_norm_D)
 
     @contextmanager
     def rehearsing(self) -> Iterator[None]:
@@ -251,10 +256,13 @@ class AttentionModel:
         """The logits of `forward`'s rows; this rank's columns go into memory that is there already."""
         x_BD = add_rms_norm(h_BD, (), self._weights.final_norm_D, self._eps)
         torch.mm(x_BD, self._weights.lm_head_VD.t(), out=part_BC)
-        return Logits(part_BC, *self._tp.largest_columns(part_BC), self._gather)
+        return Logits(part_BC, *self._tp.largest_columns(part_BC), self._gather, self._draw)
 
     def _gather(self, part_RC: Tensor) -> Tensor:
         return self._tp.all_gather_columns(part_RC)
+
+    def _draw(self, part_BC: Tensor, draws: Draws) -> Tensor:
+        return self._tp.draw_columns(part_BC, draws)
 
     def request_expert_tokens(self) -> None:
         """Starts to fetch the tokens routed to each expert since the last request, without waiting for the device."""

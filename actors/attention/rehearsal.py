@@ -19,6 +19,17 @@ def rehearsed_sizes(max_tokens: int) -> list[int]:
     return [*(size for size in SIZES if size < max_tokens), max_tokens]
 
 
+def rehearsed_prompts(num_tokens: int, longest_tokens: int) -> list[int]:
+    """Lengths of the prompts that make a step of `num_tokens`, none of them longer than a request may be."""
+    whole, rest = divmod(num_tokens, longest_tokens)
+    return [longest_tokens] * whole + ([rest] if rest else [])
+
+
+def rehearsed_rows(max_rows: int) -> list[int]:
+    """Rows of one token of steps that are not captured, since others have prompts: kernels go by powers of two."""
+    return [*(1 << i for i in range(max_rows.bit_length()) if 1 << i < max_rows), max_rows]
+
+
 class RehearsalDispatch:
     """Implements Dispatch with this process alone. Without experts the result is zeros."""
 

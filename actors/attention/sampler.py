@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.attention.distribution import distances, draw, keep_likeliest, keep_min_p, unit, weights_at
+from actors.attention.distribution import distances, draw, keep_likeliest, keep_min_p, least_weight, unit, weights_at
 from actors.attention.logits import Logits
 from actors.attention.logprobs import logprobs
 from actors.attention.penalties import PenaltyPool
@@ -164,12 +164,16 @@ class Sampler:
         uniform_N = upload(uniforms(batch.seeds, token_idxs).tolist(), torch.float64, self._device)
         token_ids_B = logits.greedy_B.clone()
         for group in batch.groups:
+            uniform_R = uniform_N[group.first_uniform : group.first_uniform + len(group.row_R)]
+            if group.temperature_R is not None and group.draws_plainly:
+                least_R = None if group.min_p_R is None else least_weight(group.min_p_R, self._vocab_size)
+                token_ids_B[group.row_R] = logits.draw(group.row_R, group.temperature_R, uniform_R, least_R)
+                continue
             x_RV = logits.rows(group.row_R)
             if group.penalties is not None:
                 self._pool.apply_(x_RV, group.penalties)
             if group.bias is not None:
                 x_RV[group.bias.row_N, group.bias.token_id_N] += group.bias.value_N
-            uniform_R = uniform_N[group.first_uniform : group.first_uniform + len(group.row_R)]
             token_ids_B[group.row_R] = _choose(group, x_RV, uniform_R)
         return token_ids_B
 

@@ -73,6 +73,12 @@ class RowGroup:
     top_p_R: Tensor | None  # float64
     min_p_R: Tensor | None  # float64
 
+    @property
+    def draws_plainly(self) -> bool:
+        """Whether temperature and min_p are all that its rows use."""
+        features = (self.penalties, self.bias, self.top_k_R, self.top_p_R)
+        return self.temperature_R is not None and all(feature is None for feature in features)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogprobGroup:

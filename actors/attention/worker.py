@@ -19,8 +19,8 @@ from actors.attention.kv_cache import KvCache, PagePools, cache_dtype, fit_page_
 from actors.attention.logits import Logits
 from actors.attention.mixed import MixedAttention
 from actors.attention.model import Attend, AttentionModel, Part
-from actors.attention.parts import divide, sampled_rows
-from actors.attention.rehearsal import RehearsalDispatch, rehearsed_sizes
+from actors.attention.parts import MIN_DIVIDED_ROWS, divide, sampled_rows
+from actors.attention.rehearsal import RehearsalDispatch, rehearsed_prompts, rehearsed_rows, rehearsed_sizes
 from actors.attention.requests import RequestTable
 from actors.attention.sampler import SampledBatch, Sampler, workspace_bytes
 from actors.attention.seat_tables import SeatTables
@@ -123,7 +123,7 @@ class AttentionWorker:
         self._tables = SeatTables(config, cache, max_rows, longest_tokens)
         attention = KernelAttention(config, cache, self._tables, max_rows, device)
         if not self._pipeline.enforce_eager:
-            self._decode = DecodeSteps(self._model, config, attention, max_rows, device, self._pipeline.divides_steps)
+            self._decode = DecodeSteps(self._model, config, attention, max_rows, device, self._pipeline.most_whole_rows)
         self._mixed = MixedAttention(config, attention, cache, device)
 
     @torch.inference_mode()
@@ -140,24 +140,35 @@ class AttentionWorker:
                 self._decode.rehearse(dispatch)
             self._dispatch = dispatch
             for num_tokens in rehearsed_sizes(self._pipeline.max_num_batched_tokens):
-                self._rehearse_prompt(num_tokens)
+                self._rehearse_step(rehearsed_prompts(num_tokens, self._longest_tokens))
+            for num_rows in rehearsed_rows(self._pipeline.max_num_seqs):
+                self._rehearse_step([1] * num_rows)
         self._dispatch = None
 
-    def _rehearse_prompt(self, num_tokens: int) -> None:
-        """Computes a prompt, as much of it as one request can hold."""
+    def _rehearse_step(self, lengths: Sequence[int]) -> None:
+        """Computes prompts of so many tokens, as many of them as there are seats and pages for."""
         assert self.cache is not None
-        pools = self.cache.pools
-        room = [pages for pages in (pools.global_pages, pools.chunked_pages) if pages]
-        num_tokens = min(num_tokens, min(room) * pools.page_tokens, self._longest_tokens)
-        pages = tuple(range(-(-num_tokens // pools.page_tokens)))
-        admission = Admission(request_idx=0, prompt_ids=(0,) * num_tokens, output_ids=(), sampling=GREEDY)
-        work = Work(
-            request_idx=0, start=0, num_tokens=num_tokens, samples=True, global_pages=pages, chunked_pages=pages
-        )
-        self.take_in(RankPlan(admitted=(admission,), work=(work,)))
-        _, h_TD = self.forward((work,))
-        self._model.step_logits(h_TD[-1:])
-        self.take_in(RankPlan(released=(0,)))
+        pools, first_page = self.cache.pools, 0
+        num_pages = min(pages for pages in (pools.global_pages, pools.chunked_pages) if pages)
+        admitted, works = [], []
+        for idx, num_tokens in enumerate(lengths[: self._pipeline.max_num_seqs]):
+            pages = tuple(range(first_page, first_page + -(-num_tokens // pools.page_tokens)))
+            if pages[-1] >= num_pages:
+                break
+            first_page = pages[-1] + 1
+            admitted.append(Admission(request_idx=idx, prompt_ids=(0,) * num_tokens, output_ids=(), sampling=GREEDY))
+            works.append(
+                Work(request_idx=idx, start=0, num_tokens=num_tokens, samples=True, global_pages=pages,
+                     chunked_pages=pages)
+            )  # fmt: skip
+        if not works:
+            return
+        self.take_in(RankPlan(admitted=tuple(admitted), work=tuple(works)))
+        _, h_TD = self.forward(works)
+        self._model.step_logits(h_TD[-1:]).rehearse()
+        if self._tp_size > 1 and len(h_TD) >= MIN_DIVIDED_ROWS:
+            self._forward_in_parts(works)
+        self.take_in(RankPlan(released=tuple(work.request_idx for work in works)))
 
     def start_epoch(
         self,

@@ -4,6 +4,7 @@ Owns the choice, which every rank makes alike from the step's token counts, and 
 tokens serves small steps. Knows nothing of how either dispatch works.
 """
 
+import logging
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from actors.dispatch.collective import CollectiveDispatch
 from actors.dispatch.contract import Dispatch, Receipt
 from actors.dispatch.micro_batches import MicroBatches
 from actors.dispatch.symmetric import SymmetricDispatch
+
+log = logging.getLogger("corral.dispatch")
 
 Small = SymmetricDispatch | MicroBatches
 
@@ -103,7 +106,8 @@ class ServingGraphs:
     """Serves the steps of a rank without tokens, each size of block, whole or divided, by a graph once it was run
     without one.
 
-    The graphs go with the dispatch: nobody may replay them once it is closed.
+    The graphs go with the dispatch, or with the one that has taken over from it: nobody may replay them once it is
+    closed.
     """
 
     def __init__(self, dispatch: Small) -> None:
@@ -133,4 +137,5 @@ class ServingGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._dispatch.serve_layers()
+        log.info("a decode step of others, in blocks of %d rows: captured", self._dispatch.block_rows)
         return graph

@@ -17,9 +17,6 @@ from actors.dispatch.contract import RoutingTable
 from actors.dispatch.symmetric import SymmetricDispatch, SymmetricReceipt
 from actors.errors import RankError
 
-# Where there are few rows, a half reads nearly as many weights as the whole did. Decode steps are captured for steps of
-# so many rows, among others, so that padding never has a step divided.
-MOST_WHOLE_ROWS = 16
 DIVISOR = 8  # rows of the first half: kernels are compiled for alignments, and fill tiles
 
 
@@ -28,7 +25,7 @@ def rows_of_first(num_rows: int) -> int:
     return min(num_rows, -(-num_rows // (2 * DIVISOR)) * DIVISOR)
 
 
-def room_of_half(max_rows: int, most_whole_rows: int = MOST_WHOLE_ROWS) -> int:
+def room_of_half(max_rows: int, most_whole_rows: int) -> int:
     """The most rows that a part carries, where a rank brings at most `max_rows` to a step."""
     return max(rows_of_first(max_rows), min(max_rows, most_whole_rows))
 
@@ -48,17 +45,14 @@ class MicroBatches:
     """Takes the place of the one of two `SymmetricDispatch`es that would carry whole steps.
 
     `first` and `second` are of the same epoch and layers, under names of their own, and each carries `room_of_half` of
-    `max_tokens`. Steps of at most `most_whole_rows` tokens per rank go through the first alone.
+    `max_tokens`. Steps of at most `most_whole_rows` tokens per rank go through the first alone. It is a power of two:
+    decode steps of as many are captured, among others, so that padding never has a step divided.
     """
 
     is_capturable = True
 
     def __init__(
-        self,
-        first: SymmetricDispatch,
-        second: SymmetricDispatch,
-        max_tokens: int,
-        most_whole_rows: int = MOST_WHOLE_ROWS,
+        self, first: SymmetricDispatch, second: SymmetricDispatch, max_tokens: int, most_whole_rows: int
     ) -> None:
         self._first = first
         self._second = second

@@ -39,7 +39,9 @@ log = logging.getLogger("corral.dispatch")
 MAX_TOKENS = 256
 DESTINATION_ROOM = 8  # places for them, as far as there are no more: so that graphs go on when another one comes
 RANK_ROOM = 16
-EPOCH_SEQUENCES = 1 << 34  # sequence numbers that are set aside for each epoch in the same memory
+# Sequence numbers that are set aside for each epoch in the same memory. They are used up after seven, and memory is new
+# then: torch keeps all that was ever mapped with it, that of ranks that are gone too.
+EPOCH_SEQUENCES = 1 << 36
 MAX_SEQUENCE = 1 << 39
 MIN_BLOCK_ROWS = 8
 SPIN_S = 0.002

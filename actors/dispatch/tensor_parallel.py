@@ -19,6 +19,7 @@ from actors.dispatch.group import EpochGroup
 from actors.dispatch.peer_memory import Mapping, PeerMemory, SymmetricMemory
 from actors.dispatch.residual import GroupResidual, Residual, SharedResidual
 from actors.dispatch.rows import TokenShape
+from actors.kernels.draw import Draws, draw_tokens
 from actors.kernels.largest import largest
 from actors.kernels.norm import add_rms_norm
 from actors.kernels.peer_residual import PeerResidual, ResidualLayout, add_sums
@@ -28,6 +29,7 @@ from actors.kernels.peer_sums import (
     add_all_reduced_rms_norm,
     add_all_reduced_rows,
     all_reduce_rows,
+    draw_columns,
     first_largest,
     gather_columns,
     largest_columns,
@@ -37,7 +39,7 @@ TAG = 1
 MEETING_TIMEOUT_S = 30.0
 WHOLE_ROWS = 16  # up to so many rows each rank sends all of them to all: least latency
 SLICED_ROWS = 256  # up to so many each rank sums a slice; above it NCCL is as fast, where nothing is captured
-FLAGGED_ROWS = 64  # from so many on what is sent is worth less than the fences that halve it
+FLAGGED_ROWS = 192  # from so many on flags behind the data cost less than numbers beside it
 GATHER_BYTES = 16 * 1024 * 1024
 NEVER = 1 << 62
 
@@ -88,6 +90,10 @@ class TensorParallel(Protocol):
         """fp32 [B] and int64 [B]: the largest of what `all_gather_columns` would return, and its column; see
         `kernels/largest.py`.
         """
+        ...
+
+    def draw_columns(self, x_BV: Tensor, draws: Draws) -> Tensor:
+        """int64 [R]: tokens drawn from what `all_gather_columns` would return; see `kernels/draw.py`."""
         ...
 
 
@@ -154,6 +160,9 @@ class Alone:
     def largest_columns(self, x_BV: Tensor) -> tuple[Tensor, Tensor]:
         return largest(x_BV)
 
+    def draw_columns(self, x_BV: Tensor, draws: Draws) -> Tensor:
+        return draw_tokens(x_BV, draws)
+
 
 ALONE = Alone()
 
@@ -202,6 +211,9 @@ class OverGroup:
         values_B, columns_B = largest(x_BV)
         of_all_BW2 = torch.stack(self._exchange(torch.stack((values_B.view(torch.int32), columns_B.int()), 1)), 1)
         return first_largest(of_all_BW2[..., 0].contiguous().view(torch.float32), of_all_BW2[..., 1], x_BV.shape[1])
+
+    def draw_columns(self, x_BV: Tensor, draws: Draws) -> Tensor:
+        return draw_tokens(self.all_gather_columns(x_BV.index_select(0, draws.row_R)), draws.of_rows())
 
     @property
     def _joined(self) -> EpochGroup:
@@ -252,15 +264,20 @@ class OverPeerMemory(OverGroup):
             memory = self._memory or SymmetricMemory(group, self._shape.device, MEETING_TIMEOUT_S)
             self._mapping = memory.map("sums", self._layout.num_bytes)
             self._peers = self._end_of(self._mapping, group.operation_timeout_s)
-            # Logits are gathered outside of graphs: what is compiled for it is compiled now.
-            meeting = replace(self._peers, timeout_s=MEETING_TIMEOUT_S)
-            gather_columns(meeting, torch.zeros(1, 4, dtype=self._shape.dtype, device=self._shape.device))
+            self._rehearse(replace(self._peers, timeout_s=MEETING_TIMEOUT_S))
             if self._max_rows > SLICED_ROWS:
                 self._large = self._map_large(memory, group.operation_timeout_s)
         for peers in (self._peers, self._large):
             if peers is not None:
                 group.attach(_Waits(peers, self._positions))
         return is_new
+
+    def _rehearse(self, peers: PeerSums) -> None:
+        """Does what is done outside of graphs, so that what is compiled for it is compiled now."""
+        x_BV = torch.zeros(1, 64, dtype=self._shape.dtype, device=self._shape.device)
+        gather_columns(peers, x_BV)
+        for least_R in (None, torch.ones(1, dtype=torch.int64, device=x_BV.device)):
+            draw_columns(peers, x_BV, Draws.any_of(x_BV, least_R))
 
     def all_reduce(self, x_TD: Tensor) -> Tensor:
         if self._goes_over_group(x_TD):
@@ -294,6 +311,11 @@ class OverPeerMemory(OverGroup):
         parts = [largest_columns(self._ready, x_BV[rows]) for rows in _pieces(x_BV.shape[0], self._ready.max_rows)]
         values, columns = zip(*parts, strict=True)
         return (values[0], columns[0]) if len(parts) == 1 else (torch.cat(values), torch.cat(columns))
+
+    def draw_columns(self, x_BV: Tensor, draws: Draws) -> Tensor:
+        if len(draws.row_R) > self._ready.max_rows:
+            return super().draw_columns(x_BV, draws)
+        return draw_columns(self._ready, x_BV, draws)
 
     @property
     def _ready(self) -> PeerSums:

@@ -16,7 +16,7 @@ from actors.kernels.decode_inputs import PageTable
 from actors.kernels.heads import Heads, store_heads
 from actors.kernels.triton_here import HAS_TRITON
 
-LEAST_KEYS = 128  # that are worth a program of their own
+MOST_FUSED = 96  # rows times kv heads of `store_and_attend` in one launch; from about there on two take less time
 _ROW_BLOCKS = (1, 16, 256, 1024)  # compiled forms: rows whose lengths every program reads, to find its own work
 _FEW_ROWS = 16  # whose seats are read along, before it is known which one is wanted
 MAX_ROWS = _ROW_BLOCKS[-1]
@@ -99,17 +99,17 @@ def store_and_attend(
     heads: Heads,
     scratch: DecodeScratch,
 ) -> Tensor:
-    """`store_heads` and `decode_attention` of the same rows, in one launch: [B, Hq * head_dim].
+    """`store_heads` and `decode_attention` of the same rows, if they are few in one launch: [B, Hq * head_dim].
 
     qkv_BN: [B, (Hq + 2 Hkv) * head_dim], rows contiguous; undefined afterwards. Rows write where their newest token
     lies, which `context` says, or nothing.
     """
     qkv_BHd = qkv_BN.view(qkv_BN.shape[0], -1, heads.head_dim)
-    if qkv_BN.is_cuda and HAS_TRITON:
+    if qkv_BN.is_cuda and HAS_TRITON and qkv_BN.shape[0] * heads.num_kv_heads <= MOST_FUSED:
         return _with_triton(qkv_BHd, pages_PSHd, context, heads, scratch, newest)
     tokens_NHd = pages_PSHd.flatten(0, 1)
     store_heads(qkv_BN, tokens_NHd, newest.write_slots_B, heads, newest.rotations_BR2, newest.temperatures_B)
-    return _with_torch(qkv_BHd[:, : heads.num_heads], pages_PSHd, context, heads)
+    return decode_attention(qkv_BHd[:, : heads.num_heads], pages_PSHd, context, heads, scratch)
 
 
 def _with_torch(q_BHd: Tensor, pages_PSHd: Tensor, context: DecodeContext, heads: Heads) -> Tensor:
@@ -131,17 +131,22 @@ def _with_torch(q_BHd: Tensor, pages_PSHd: Tensor, context: DecodeContext, heads
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
-    """Launch shape: keys per iteration of a program, its warps and loads in flight, and shares per multiprocessor."""
+    """Launch shape: keys per iteration of a program, its warps and loads in flight, shares per multiprocessor, and keys
+    that are worth a program of their own.
+    """
 
     keys: int
     warps: int
     stages: int
     per_sm: int = 2
+    least_keys: int = 128
 
 
 # By rows times kv heads. On an H200 in bf16, head_dim 128, contexts of 1,024, each line took so many microseconds where
 # it is chosen, and Tile(keys=64, warps=4, stages=3) those in brackets.
 _TILES = (
+    (8, Tile(keys=64, warps=4, stages=2, least_keys=64)),
+    (32, Tile(keys=128, warps=4, stages=2, per_sm=1)),
     (128, Tile(keys=64, warps=2, stages=3)),  # 8 kv heads: 1 row 10.4 (11.2), 8: 17.6 (20.2); 2: 32 rows 18.1 (21.0)
     (384, Tile(keys=64, warps=8, stages=3)),  # 8 kv heads: 32 rows 39.6 (43.2), and of 2,048 tokens 71.0 (76.8)
     (768, Tile(keys=128, warps=4, stages=2, per_sm=3)),  # 2 kv heads: 256 rows 75.2 (87.2)
@@ -167,7 +172,6 @@ def _with_triton(
     scratch: DecodeScratch,
     newest: NewestTokens | None = None,
     tile: Tile | None = None,
-    least_keys: int = LEAST_KEYS,
 ) -> Tensor:
     """With `newest`, `q_BHd` has all heads of the rows' tokens, which are not ready."""
     import triton
@@ -195,7 +199,7 @@ def _with_triton(
         _LOG2_E / math.sqrt(heads.head_dim), 0.0 if heads.qk_norm_eps is None else heads.qk_norm_eps,
         PAGE_TOKENS=context.table.page_tokens, NUM_KV_HEADS=heads.num_kv_heads, GROUP=heads.queries_per_kv,
         GROUP_BLOCK=max(16, triton.next_power_of_2(heads.queries_per_kv + 1)), HEAD_DIM=heads.head_dim, KEYS=tile.keys,
-        LEAST_TILES=max(1, least_keys // tile.keys), ROWS_BLOCK=rows_block, FEW=rows_block <= _FEW_ROWS,
+        LEAST_TILES=max(1, tile.least_keys // tile.keys), ROWS_BLOCK=rows_block, FEW=rows_block <= _FEW_ROWS,
         JOIN_GROUP=join_group, JOIN_PIECES=max(2, _JOINED_OF_THREAD * 32 * tile.warps // (join_group * heads.head_dim)),
         PRECISION="ieee" if q_BHd.dtype == torch.float32 else "tf32",
         STORES=newest is not None, ROTATES=rotations is not None, NORMS=heads.qk_norm_eps is not None,

@@ -16,7 +16,7 @@ from actors.kernels.heads_triton import as_kept, turned
 def _pages_of(table_row, n, high, first_column, table_width, PAGE_TOKENS: tl.constexpr):
     column = first_column + n // PAGE_TOKENS
     column = tl.where(column >= table_width, column - table_width, column)
-    return tl.load(table_row + column, mask=n < high, other=0).to(tl.int64)
+    return tl.load(table_row + column, mask=n < high, other=0)
 
 
 @triton.jit
@@ -130,7 +130,12 @@ def decode_kernel(
     sum_Gd = tl.zeros((GROUP_BLOCK, HEAD_DIM), tl.float32)
     if STORES:
         high = tl.minimum(high, num_keys - 1)
+    # Three tiles ahead, since keys and values are loaded ahead themselves: no address waits for the table then. What an
+    # iteration passes on as it is keeps the compiler from loading ahead, so zero, no constant to it, is added.
+    zero = tl.minimum(seat, 0)
     page_N = _pages_of(table_row, low + lane, high, first_column, table_width, PAGE_TOKENS)
+    next_page_N = _pages_of(table_row, low + KEYS + lane, high, first_column, table_width, PAGE_TOKENS)
+    third_page_N = _pages_of(table_row, low + 2 * KEYS + lane, high, first_column, table_width, PAGE_TOKENS)
     if STORES:
         # The newest token's key and value are here: its row's last piece begins with them, and stores them.
         if ROTATES:
@@ -153,12 +158,12 @@ def decode_kernel(
     for tile in range(low, high, KEYS):
         n = tile + lane
         is_key = n < high
-        at = keys + page_N * page_stride + (n % PAGE_TOKENS) * slot_stride
+        at = keys + page_N.to(tl.int64) * page_stride + (n % PAGE_TOKENS) * slot_stride
         k_Nd = tl.load(at[:, None] + dims[None, :], mask=is_key[:, None], other=0.0).to(q_Gd.dtype)
         # Masked, for what a page's last owner left may not be finite, and 0 * NaN is NaN.
         v_Nd = tl.load(at[:, None] + values_offset + dims[None, :], mask=is_key[:, None], other=0.0)
-        # A tile ahead, so that the loads of keys and values never wait for one another's addresses.
-        page_N = _pages_of(table_row, n + KEYS, high, first_column, table_width, PAGE_TOKENS)
+        page_N, next_page_N = next_page_N + zero, third_page_N + zero
+        third_page_N = _pages_of(table_row, n + 3 * KEYS, high, first_column, table_width, PAGE_TOKENS)
         scores_GN = tl.dot(q_Gd, tl.trans(k_Nd), input_precision=PRECISION) * scale
         scores_GN = tl.where(is_key[None, :], scores_GN, float("-inf"))
         new_peak_G = tl.maximum(peak_G, tl.max(scores_GN, axis=1))

@@ -4,7 +4,7 @@ Owns which kernel runs at which size, by measurement (benchmarks/gpu_experts.py)
 without rows costs nothing; rows beyond the counted ones are not read. One slot without counts is a plain matmul.
 """
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -15,11 +15,17 @@ from actors.kernels.quantize import dequantize_int4, placed_swiglu, placed_swigl
 from actors.kernels.route import Form, PlacedRows
 from actors.kernels.triton_here import HAS_TRITON
 
+if TYPE_CHECKING:
+    from actors.kernels.few_rows_triton import FewRowsTiles
+    from actors.kernels.one_row_triton import OneRowTiles
+
 Engine = Literal["triton", "torch", "fbgemm", "reference"]
 
 _FORMS: dict[Form, int] = {"plain": 0, "fp8": 1, "int4": 2}
 STREAMING_ROWS_PER_SLOT = 64  # below, a step reads weights and little else
 FBGEMM_ROWS_PER_SLOT = 256  # from here its grouped FP8 kernel is ahead of torch's
+MAX_SLICE_NUMBERS = 1 << 25  # of a weight: a part of an expert, for which these two limits are others (FP8)
+SLICE_STREAMING_ROWS_PER_SLOT, SLICE_FBGEMM_ROWS_PER_SLOT = 96, 96
 _FBGEMM_OPS = ("f8f8bf16_rowwise_grouped_stacked", "f8f8bf16_rowwise")
 
 
@@ -36,7 +42,7 @@ def grouped_linear(x: PlacedRows, weight_SOI: Tensor, scale: Tensor | None, engi
     """
     engine = engine or choose_engine(x, weight_SOI)
     if engine == "triton":
-        return _with_triton(x, weight_SOI, scale, swiglu=False)
+        return _with_triton(x, weight_SOI, scale, swiglu=False)[0]
     if engine == "reference":
         return _slot_by_slot(x, weight_SOI, scale)[None]
     if form_of(weight_SOI) == "fp8":
@@ -54,9 +60,11 @@ def grouped_swiglu(x: PlacedRows, weight_SNI: Tensor, scale: Tensor | None, engi
     `weight_SNI`: [S, 2F, I] in one of the forms of `grouped_linear`, the gate's outputs first.
     """
     form, placement = form_of(weight_SNI), x.placement
-    engine = engine or choose_engine(x, weight_SNI)
-    if engine == "triton" and form != "fp8":
-        return PlacedRows(_with_triton(x, weight_SNI, scale, swiglu=True)[0], None, placement, x.dtype)
+    is_chosen = engine is None
+    engine = engine or choose_engine(x, weight_SNI, swiglu=True)
+    if engine == "triton" and (form != "fp8" or (is_chosen and _few_rows_tiles(x, weight_SNI, swiglu=True))):
+        y_PNF, peaks_PN = _with_triton(x, weight_SNI, scale, swiglu=True)
+        return PlacedRows(y_PNF[0], None, placement, x.dtype, peaks_PN)
     gate_up_PNF = grouped_linear(x, weight_SNI, scale, engine)
     ends_S = None if placement is None else placement.ends_S
     if form == "fp8":
@@ -65,15 +73,20 @@ def grouped_swiglu(x: PlacedRows, weight_SNI: Tensor, scale: Tensor | None, engi
     return PlacedRows(y_NF, None, placement, x.dtype)
 
 
-def choose_engine(x: PlacedRows, weight_SOI: Tensor) -> Engine:
+def choose_engine(x: PlacedRows, weight_SOI: Tensor, *, swiglu: bool = False) -> Engine:
     """The fastest that is there. Nothing depends on counts: the same number of rows always takes the same kernels."""
     if not x.x_ND.is_cuda:
         return "reference"
     form, num_slots = form_of(weight_SOI), weight_SOI.shape[0]
+    if _few_rows_tiles(x, weight_SOI, swiglu=swiglu):
+        return "triton"
     in_blocks = x.dtype == torch.bfloat16 and all(n % 16 == 0 for n in weight_SOI.shape[1:])
     num_rows = x.x_ND.shape[0]
-    is_streaming = num_rows < STREAMING_ROWS_PER_SLOT * num_slots
-    is_for_fbgemm = is_streaming if x.placement is None else num_rows >= FBGEMM_ROWS_PER_SLOT * num_slots
+    is_slice = form == "fp8" and x.placement is not None and weight_SOI[0].numel() < MAX_SLICE_NUMBERS
+    streaming_rows = SLICE_STREAMING_ROWS_PER_SLOT if is_slice else STREAMING_ROWS_PER_SLOT
+    fbgemm_rows = SLICE_FBGEMM_ROWS_PER_SLOT if is_slice else FBGEMM_ROWS_PER_SLOT
+    is_streaming = num_rows < streaming_rows * num_slots
+    is_for_fbgemm = is_streaming if x.placement is None else num_rows >= fbgemm_rows * num_slots
     if form == "fp8" and in_blocks and is_for_fbgemm and all(map(has, _FBGEMM_OPS)):
         return "fbgemm"
     if form != "int4" and in_blocks and (not is_streaming or (form == "plain" and x.placement is None)):
@@ -81,25 +94,46 @@ def choose_engine(x: PlacedRows, weight_SOI: Tensor) -> Engine:
     return "triton" if HAS_TRITON else "reference"
 
 
-def _with_triton(x: PlacedRows, weight_SOI: Tensor, scale: Tensor | None, *, swiglu: bool) -> Tensor:
+def _few_rows_tiles(x: PlacedRows, weight_SOI: Tensor, *, swiglu: bool) -> "FewRowsTiles | OneRowTiles | None":
+    if not (HAS_TRITON and x.dtype == torch.bfloat16):
+        return None
+    from actors.kernels.grouped_tiles import choose_few_rows
+
+    (num_rows, inputs), outputs, is_single = x.x_ND.shape, weight_SOI.shape[1], x.placement is None
+    return choose_few_rows(form_of(weight_SOI), num_rows, inputs, outputs, swiglu=swiglu, is_single=is_single)
+
+
+def _with_triton(
+    x: PlacedRows, weight_SOI: Tensor, scale: Tensor | None, *, swiglu: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Parts [P, N, O], and peaks of rows that are not quantized yet."""
     from actors.kernels.few_rows_triton import launch_few_rows
-    from actors.kernels.grouped_tiles import choose_few_rows, choose_tiles
+    from actors.kernels.grouped_tiles import choose_tiles
     from actors.kernels.grouped_triton import Tiles, launch_grouped
+    from actors.kernels.one_row_triton import OneRowTiles, launch_one_row
 
     form, (num_rows, inputs), (num_slots, outputs, _) = form_of(weight_SOI), x.x_ND.shape, weight_SOI.shape
-    few = choose_few_rows(form, num_rows, inputs, outputs, swiglu=swiglu) if x.dtype == torch.bfloat16 else None
+    few = _few_rows_tiles(x, weight_SOI, swiglu=swiglu)
+    features, device = outputs // 2 if swiglu else outputs, weight_SOI.device
+    if isinstance(few, OneRowTiles):
+        y_1NO = torch.empty(1, 1, features, dtype=x.dtype, device=device)
+        launch_one_row(x.x_ND, weight_SOI[0], y_1NO[0], few, swiglu=swiglu)
+        return y_1NO, None
     tiles = few or choose_tiles(form, num_rows, inputs, num_slots, outputs, swiglu=swiglu)
     dtype = torch.float32 if tiles.split > 1 else x.dtype
-    features = outputs // 2 if swiglu else outputs
-    y_PNO = torch.empty(tiles.split, num_rows, features, dtype=dtype, device=weight_SOI.device)
+    y_PNO = torch.empty(tiles.split, num_rows, features, dtype=dtype, device=device)
     counts_S = None if x.placement is None else x.placement.counts_S
     arguments = x.x_ND, x.scale_N1, weight_SOI, scale, counts_S, y_PNO, _FORMS[form]
     word_order = swiglu and form == "int4"
     if isinstance(tiles, Tiles):
+        assert x.peaks_PN is None, "rows that are not quantized yet are for the kernel of few rows"
         launch_grouped(*arguments, tiles, swiglu=swiglu, word_order=word_order)
-    else:
-        launch_few_rows(*arguments, tiles, swiglu=swiglu, word_order=word_order)
-    return y_PNO
+        return y_PNO, None
+    peaks_PN = x.peaks_PN
+    if swiglu and form == "fp8":
+        peaks_PN = torch.empty(-(-outputs // tiles.outputs), num_rows, dtype=torch.float32, device=device)
+    launch_few_rows(*arguments, tiles, swiglu=swiglu, word_order=word_order, peaks_PN=peaks_PN)
+    return y_PNO, peaks_PN if swiglu else None
 
 
 def _fp8_in_library(

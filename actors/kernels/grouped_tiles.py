@@ -7,30 +7,31 @@ steps so large that other kernels take them.
 
 from actors.kernels.few_rows_triton import FewRowsTiles
 from actors.kernels.grouped_triton import Tiles
+from actors.kernels.one_row_triton import OneRowTiles
 from actors.kernels.route import Form
 
 MIN_PROGRAMS = 264  # two for each multiprocessor of an H200
-MAX_FEW_ROWS = 16
-MAX_FEW_INT4_ROWS = 64
+MAX_SPLIT_ROWS = 4  # of FP8
+SLICE_STREAMING_ROWS = 96  # per slot: tiles of 64 rows are ahead of torch's kernel on slices of experts
+MAX_FEW_INT4_ROWS, MAX_FEW_INT4_ROWS_OF_ONE_SLOT = 64, 16
+MAX_FEW_FP8_ROWS = 0
+MAX_FEW_PLAIN_ROWS = 8
 
 
 def choose_tiles(form: Form, num_rows: int, inputs: int, num_slots: int, outputs: int, *, swiglu: bool) -> Tiles:
     """Tiles for `num_rows` rows spread evenly over `num_slots` slots, or the best guess if they are not."""
     rows_per_slot = num_rows / num_slots
+    if form == "fp8" and 48 < rows_per_slot <= SLICE_STREAMING_ROWS:
+        return Tiles(outputs=128, rows=64, inputs=128, warps=4, stages=4)
     if rows_per_slot > 48:
         return Tiles(outputs=128, rows=128, inputs=128 if form != "plain" else 64, group=16, warps=8, stages=3)
     rows = 64 if rows_per_slot > 24 else 32 if rows_per_slot > 12 else 16
     tall = 64 if rows == 16 else 128
     if form == "fp8":
-        split = 2 if num_rows <= MAX_FEW_ROWS and outputs // 64 < MIN_PROGRAMS // 2 else 1
+        split = 4 if num_rows <= MAX_SPLIT_ROWS and outputs // 64 < MIN_PROGRAMS // 2 and inputs >= 2048 else 1
         return Tiles(outputs=tall, rows=rows, inputs=256, split=split, stages=5 if tall == 64 and split == 1 else 4)
     if form == "int4":
-        # Parts begin at the same group in either kind of tiles: with one group of 128 in a step, or with four.
-        can_split = not swiglu and num_rows * outputs < MIN_PROGRAMS * 128 and inputs % (4 * 512) == 0
-        split = 4 if can_split else 1
-        if rows == 16 and inputs % 512 == 0:  # 256 bytes of an output's words at once
-            return Tiles(outputs=64, rows=rows, inputs=512, split=split, stages=3)
-        return Tiles(outputs=tall, rows=rows, inputs=128, split=split, stages=4)
+        return Tiles(outputs=tall, rows=rows, inputs=128, stages=4)
     programs = num_rows * -(-outputs // 64)
     split = 1
     while not swiglu and split < 8 and programs * split < MIN_PROGRAMS and inputs // 64 >= 8 * split:
@@ -38,11 +39,33 @@ def choose_tiles(form: Form, num_rows: int, inputs: int, num_slots: int, outputs
     return Tiles(outputs=64, rows=rows, inputs=64, split=split, warps=4, stages=5)
 
 
-def choose_few_rows(form: Form, num_rows: int, inputs: int, outputs: int, *, swiglu: bool) -> FewRowsTiles | None:
-    """Tiles of the kernel of few rows where it is ahead, for `num_rows` rows of all slots together; else None."""
-    if form != "int4" or num_rows > MAX_FEW_INT4_ROWS or inputs % 512 != 0:
+def choose_few_rows(
+    form: Form, num_rows: int, inputs: int, outputs: int, *, swiglu: bool, is_single: bool
+) -> FewRowsTiles | OneRowTiles | None:
+    """Tiles of the kernels of few rows where they are ahead, for `num_rows` rows of all slots together; else None.
+
+    `is_single`: one slot that takes all rows.
+    """
+    if form == "int4":
+        if num_rows > (MAX_FEW_INT4_ROWS_OF_ONE_SLOT if is_single else MAX_FEW_INT4_ROWS) or inputs % 512 != 0:
+            return None
+        if is_single and num_rows > 8:
+            return FewRowsTiles(outputs=32, rows=16, inputs=128, warps=4, stages=3)
+        if swiglu:
+            return FewRowsTiles(outputs=64, rows=8, inputs=128, warps=4 if num_rows == 1 else 2, stages=3)
+        split = 4 if num_rows * outputs < MIN_PROGRAMS * 128 and inputs % 2048 == 0 else 1
+        return FewRowsTiles(outputs=64, rows=8, inputs=128, warps=4, stages=3, split=split)
+    if form == "fp8":
+        if num_rows > MAX_FEW_FP8_ROWS:
+            return None
+        return FewRowsTiles(outputs=64 if swiglu else 32, rows=8, inputs=128, warps=4, stages=4)
+    if not is_single or num_rows > MAX_FEW_PLAIN_ROWS:
         return None
-    if swiglu:
-        return FewRowsTiles(outputs=64, rows=8, inputs=128, warps=4 if num_rows == 1 else 2, stages=3)
-    split = 4 if num_rows * outputs < MIN_PROGRAMS * 128 and inputs % 2048 == 0 else 1
-    return FewRowsTiles(outputs=64, rows=8, inputs=128, warps=4, stages=3, split=split)
+    if num_rows == 1:
+        step = next(step for step in (1024, 512, 256) if inputs % step == 0 or step == 256)
+        return OneRowTiles(outputs=8 if swiglu else 4, inputs=step, unroll=1 if step == 1024 else 5, warps=4)
+    # One program for about each multiprocessor, or cuBLAS is ahead.
+    block = next((block for block in (16, 32, 64) if 96 <= -(-outputs // block) <= 132), None)
+    if block is None or inputs % 512 != 0:
+        return None
+    return FewRowsTiles(outputs=block, rows=8, inputs=128, warps=4, stages=5 if block == 16 else 3)

@@ -80,16 +80,6 @@ def group_in_word_order(words, DTYPE: tl.constexpr, IN_ASM: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def add_group(
-    acc, words, x, scales, group: tl.constexpr, DTYPE: tl.constexpr, IN_ASM: tl.constexpr, BLOCK_O: tl.constexpr
-):
-    """acc + (W @ x) * scale of one group; `scales` has the bf16 scales of four groups in the parts of an int64."""
-    w = group_in_word_order(words, DTYPE, IN_ASM, BLOCK_O)
-    scale = (scales >> (16 * group)).to(tl.int16).to(tl.bfloat16, bitcast=True).to(tl.float32)
-    return acc + tl.dot(w, x, input_precision="ieee") * scale[:, None]
-
-
-@triton.jit
 def find_rows(counts_ptr, tile, num_slots, BLOCK_T: tl.constexpr, SLOTS: tl.constexpr):
     """The slot (SLOTS if there is none), first row and end row of a tile of rows."""
     slots = tl.arange(0, SLOTS)
@@ -115,7 +105,7 @@ def weight_rows(tile_o, outputs, SWIGLU: tl.constexpr, BLOCK_O: tl.constexpr):
 
 @triton.jit
 def gated(acc, ROUND: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr):
-    """silu(gate) * up, [BLOCK_O / 2, BLOCK_T], of a tile that `weight_rows` made; rounded where a model in ROUND does."""
+    """silu(gate) * up, [BLOCK_O / 2, BLOCK_T], of a tile of `weight_rows`; rounded where a model in ROUND does."""
     gate, up = tl.split(acc.reshape(2, BLOCK_O // 2, BLOCK_T).permute(1, 2, 0))
     gate = gate.to(ROUND).to(tl.float32)
     silu = (gate / (1.0 + tl.exp(-gate))).to(ROUND).to(tl.float32)
@@ -179,28 +169,7 @@ def grouped_kernel(
     first = split * per_split
     last = tl.minimum(first + per_split, steps)
 
-    if FORM == INT4 and BLOCK_I == 4 * GROUP:  # 256 bytes of each output's words at once
-        w_at = w_slot + rows_o[:, None] * stored_inputs + tl.arange(0, 4 * GROUP_WORDS)[None, :]
-        x_at = x_rows + tl.arange(0, GROUP)[:, None]
-        scale_rows = w_scale_ptr + (tl.cast(slot, tl.int64) * outputs + rows_o) * (inputs // GROUP)
-        scales_at = scale_rows.to(tl.pointer_type(tl.int64))
-        scales = tl.load(scales_at + tl.minimum(first, steps - 1))
-        for step in range(first, last):
-            ahead = tl.load(scales_at + tl.minimum(step + 1, steps - 1))
-            x0 = tl.load(x_at + step * BLOCK_I, mask=here[None, :], other=0.0)
-            x1 = tl.load(x_at + step * BLOCK_I + GROUP, mask=here[None, :], other=0.0)
-            x2 = tl.load(x_at + step * BLOCK_I + 2 * GROUP, mask=here[None, :], other=0.0)
-            x3 = tl.load(x_at + step * BLOCK_I + 3 * GROUP, mask=here[None, :], other=0.0)
-            words = tl.load(w_at + step * (4 * GROUP_WORDS)).reshape(BLOCK_O, 2, 2, GROUP_WORDS).permute(0, 3, 1, 2)
-            even, odd = tl.split(words)
-            words0, words2 = tl.split(even)
-            words1, words3 = tl.split(odd)
-            acc = add_group(acc, words0, x0, scales, 0, x_ptr.dtype.element_ty, IN_ASM, BLOCK_O)
-            acc = add_group(acc, words1, x1, scales, 1, x_ptr.dtype.element_ty, IN_ASM, BLOCK_O)
-            acc = add_group(acc, words2, x2, scales, 2, x_ptr.dtype.element_ty, IN_ASM, BLOCK_O)
-            acc = add_group(acc, words3, x3, scales, 3, x_ptr.dtype.element_ty, IN_ASM, BLOCK_O)
-            scales = ahead
-    elif FORM == INT4:
+    if FORM == INT4:
         num_groups = inputs // GROUP
         w_at = w_slot + rows_o[:, None] * stored_inputs + tl.arange(0, GROUP_WORDS)[None, :]
         x_at = x_rows + tl.arange(0, GROUP)[:, None]

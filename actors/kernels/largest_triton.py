@@ -35,24 +35,24 @@ def as_key(order, columns):
 
 
 @triton.jit
-def largest_of_row(x, num_columns, BLOCK: tl.constexpr):
-    """The key of the largest of `num_columns` numbers from `x` on."""
+def largest_of_row(x, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """The key of the largest of WIDTH numbers from `x` on. Loads do not wait for each other: the loop is unrolled."""
     lanes = tl.arange(0, BLOCK)
     best = tl.full((BLOCK,), -0x80000000, tl.int32)
     columns = lanes
-    for first in tl.range(0, num_columns, BLOCK, loop_unroll_factor=4):
-        at = first + lanes
-        values = tl.load(x + at, mask=at < num_columns, other=-float("inf")).to(tl.float32)
-        order = tl.where(at < num_columns, order_of(values), -0x80000000)
+    for step in tl.static_range((WIDTH + BLOCK - 1) // BLOCK):
+        at = step * BLOCK + lanes
+        values = tl.load(x + at, mask=at < WIDTH, other=-float("inf")).to(tl.float32)
+        order = tl.where(at < WIDTH, order_of(values), -0x80000000)
         columns = tl.where(order > best, at, columns)
         best = tl.maximum(order, best)
     return tl.max(as_key(best, columns), axis=0)
 
 
-@triton.jit(do_not_specialize=["num_columns"])
-def largest_kernel(x, values, columns, x_stride, num_columns, BLOCK: tl.constexpr):
+@triton.jit
+def largest_kernel(x, values, columns, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    key = largest_of_row(x + row * x_stride, num_columns, BLOCK)
+    key = largest_of_row(x + row * x_stride, WIDTH, BLOCK)
     tl.store(values + row, value_of((key >> 32).to(tl.int32)))
     tl.store(columns + row, 0x7FFFFFFF - (key & 0x7FFFFFFF))
 
@@ -62,7 +62,7 @@ def launch_largest(x_BV: Tensor) -> tuple[Tensor, Tensor]:
     values_B = torch.empty(num_rows, dtype=torch.float32, device=x_BV.device)
     columns_B = torch.empty(num_rows, dtype=torch.int64, device=x_BV.device)
     block, warps = block_of(width)
-    largest_kernel[(num_rows,)](x_BV, values_B, columns_B, x_BV.stride(0), width, BLOCK=block, num_warps=warps)
+    largest_kernel[(num_rows,)](x_BV, values_B, columns_B, x_BV.stride(0), WIDTH=width, BLOCK=block, num_warps=warps)
     return values_B, columns_B
 
 

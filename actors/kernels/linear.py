@@ -24,21 +24,32 @@ def linear(x_TI: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
         return _on_cpu(x_TI, weight, scale)
     if x_TI.shape[0] == 0:
         return x_TI.new_empty(0, weight.shape[0])
-    parts_PTO = grouped_linear(form_rows(x_TI, form_of(weight)), weight[None], None if scale is None else scale[None])
+    rows = form_rows(x_TI.contiguous(), form_of(weight))
+    parts_PTO = grouped_linear(rows, weight[None], None if scale is None else scale[None])
     return combine_rows(parts_PTO, None, x_TI.shape[0], x_TI.dtype)
 
 
 def swiglu_ffn(
-    x_TD: Tensor, gate_up: Tensor, down: Tensor, gate_up_scale: Tensor | None, down_scale: Tensor | None
+    x_TD: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_scale: Tensor | None,
+    down_scale: Tensor | None,
+    room_TD: Tensor | None = None,
 ) -> Tensor:
-    """down(silu(gate(x)) * up(x)), [T, D], with weights [2F, D] and [D, F] in the forms of `linear`."""
+    """down(silu(gate(x)) * up(x)), [T, D], with weights [2F, D] and [D, F] in the forms of `linear`.
+
+    The result may lie in `room_TD`, which may be x itself.
+    """
     if not x_TD.is_cuda:
         return linear(swiglu(linear(x_TD, gate_up, gate_up_scale)), down, down_scale)
     if x_TD.shape[0] == 0:
         return x_TD.new_empty(0, down.shape[0])
     gate_up_scale = None if gate_up_scale is None else gate_up_scale[None]
     down_scale = None if down_scale is None else down_scale[None]
-    hidden = grouped_swiglu(form_rows(x_TD, form_of(gate_up)), gate_up[None], gate_up_scale)
+    hidden = grouped_swiglu(form_rows(x_TD.contiguous(), form_of(gate_up)), gate_up[None], gate_up_scale)
+    if room_TD is not None and form_of(down) == "plain":
+        return torch.mm(hidden.x_ND, down.t(), out=room_TD)
     return combine_rows(grouped_linear(hidden, down[None], down_scale), None, x_TD.shape[0], x_TD.dtype)
 
 

@@ -71,8 +71,7 @@ class PeerResidual:
 
     `buffers[rank]`: uint8 [layout.num_bytes], zeros at first; `bases`: their addresses, int64 [world], on the device.
     `state`: int64 [layout.state_words] on the device, zeros at first. `host`: int64 [2], zeros at first, in memory that
-    host and device reach. `keeper` holds the mapping. `room_WND`: where rows of peers are copied to, as many as a rank
-    keeps of `max_rows`; without it they are read where they are.
+    host and device reach. `keeper` holds the mapping.
     """
 
     layout: ResidualLayout
@@ -83,7 +82,6 @@ class PeerResidual:
     host: Tensor
     timeout_s: float
     keeper: Any = None
-    room_WND: Tensor | None = None
 
     @property
     def given_up(self) -> int | None:
@@ -136,10 +134,7 @@ def add_sums(
         from actors.kernels import peer_residual_triton
 
         peer_residual_triton.meet(peers)
-        if peers.room_WND is None:
-            peer_residual_triton.add_sums(peers, h_OD, kept, weight_D, eps, num_programs)
-        else:
-            peer_residual_triton.add_copies(peers, peers.room_WND, h_OD, kept, weight_D, eps)
+        peer_residual_triton.add_sums(peers, h_OD, kept, weight_D, eps, num_programs)
     else:
         _add_sums(peers, h_OD, kept, weight_D, eps)
 

@@ -135,43 +135,6 @@ def _sum_kernel(
         tl.store(state + _SEQUENCE, sequence)
 
 
-@triton.jit(do_not_specialize=["rank"])
-def _add_kernel(
-    h, weight, own, room, rank, eps, room_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WORLD: tl.constexpr,
-    WORLD_BLOCK: tl.constexpr, DTYPE: tl.constexpr, NORMS: tl.constexpr,
-):  # fmt: skip
-    """A row of `own` and the same of all others in `room`: their sum is added to h, normed, and written to `own`."""
-    at = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, BLOCK)
-    inside, ranks = tl.arange(0, BLOCK) < WIDTH, tl.arange(0, WORLD_BLOCK)
-    theirs = ((ranks < WORLD) & (ranks != rank))[:, None] & inside[None, :]
-    mine = (ranks == rank)[:, None] & inside[None, :]
-    parts = tl.load(room + ranks[:, None].to(tl.int64) * room_stride + at[None, :], mask=theirs, other=0.0)
-    parts = parts.to(tl.float32) + tl.load(
-        own + ranks[:, None].to(tl.int64) * 0 + at[None, :], mask=mine, other=0.0
-    ).to(tl.float32)
-    total = tl.sum(parts, axis=0).to(DTYPE).to(tl.float32)
-    x = (tl.load(h + at, mask=inside, other=0.0).to(tl.float32) + total).to(DTYPE)
-    tl.store(h + at, x, mask=inside)
-    if NORMS:
-        added = x.to(tl.float32)
-        scale = tl.rsqrt(tl.sum(added * added, axis=0) / WIDTH + eps)
-        weights = tl.load(weight + tl.arange(0, BLOCK), mask=inside, other=0.0).to(tl.float32)
-        x = ((added * scale).to(DTYPE).to(tl.float32) * weights).to(DTYPE)
-    tl.store(own + at, x, mask=inside)
-
-
-@triton.jit(do_not_specialize=["rank", "timeout_ns"])
-def _part_kernel(
-    bases, state, host, timeout_ns, rank, at_done, at_told, WORLD: tl.constexpr, WORLD_BLOCK: tl.constexpr,
-    LANES: tl.constexpr, IS_TIMED: tl.constexpr,
-):  # fmt: skip
-    """Says that this rank's rows have been sent, waits for those of all ranks, and counts the call."""
-    sequence = tl.load(state + _SEQUENCE) + 1
-    _tell(bases, at_done, rank, sequence, WORLD, WORLD_BLOCK)
-    _await_all(bases, at_done, rank, sequence, state, host, at_told, timeout_ns, WORLD, LANES, IS_TIMED)
-    tl.store(state + _SEQUENCE, sequence)
-
-
 def meet(peers: PeerResidual) -> None:
     """The first half of `peer_residual.add_sums`: all ranks' parts are there."""
     layout = peers.layout
@@ -193,30 +156,6 @@ def add_sums(
         BLOCK=triton.next_power_of_2(layout.hidden), WORLD=layout.world,
         WORLD_BLOCK=triton.next_power_of_2(layout.world), DTYPE=_DTYPES[layout.dtype], NORMS=weight_D is not None,
         LANES=32 * _WARPS, IS_TIMED=h_OD.is_cuda, num_warps=_WARPS,
-    )  # fmt: skip
-
-
-def add_copies(
-    peers: PeerResidual, room_WND: Tensor, h_OD: Tensor, kept: slice, weight_D: Tensor | None, eps: float
-) -> None:
-    """The second half, by copies that take no multiprocessor."""
-    layout, num_kept, own_OD = peers.layout, len(h_OD), peers.rows(peers.rank)[kept]
-    others = [(peers.rank + step) % layout.world for step in range(1, layout.world)]  # all begin with another one
-    if num_kept:
-        for peer in others:
-            room_WND[peer, :num_kept].copy_(peers.rows(peer)[kept])
-        _add_kernel[(num_kept,)](
-            h_OD, h_OD if weight_D is None else weight_D, own_OD, room_WND, peers.rank, eps, room_WND.stride(0),
-            WIDTH=layout.hidden, BLOCK=triton.next_power_of_2(layout.hidden), WORLD=layout.world,
-            WORLD_BLOCK=triton.next_power_of_2(layout.world), DTYPE=_DTYPES[layout.dtype], NORMS=weight_D is not None,
-            num_warps=_WARPS,
-        )  # fmt: skip
-        for peer in others:
-            peers.rows(peer)[kept].copy_(own_OD)
-    _part_kernel[(1,)](
-        peers.bases, peers.state, peers.host, _timeout_ns(peers), peers.rank, layout.done, layout.blame,
-        WORLD=layout.world, WORLD_BLOCK=triton.next_power_of_2(layout.world), LANES=32 * _WARPS_MEETING,
-        IS_TIMED=peers.state.is_cuda, num_warps=_WARPS_MEETING,
     )  # fmt: skip
 
 

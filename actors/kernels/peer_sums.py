@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from actors.kernels.draw import Draws, draw_tokens
 from actors.kernels.largest import largest
 from actors.kernels.norm import add_rms_norm
 from actors.kernels.triton_here import HAS_TRITON
@@ -223,6 +224,19 @@ def largest_columns(peers: PeerSums, x_BV: Tensor) -> tuple[Tensor, Tensor]:
     mine_B2 = torch.stack((values_B.view(torch.int32), columns_B.int()), dim=1)
     of_all_BW2 = gather_columns(peers, mine_B2).unflatten(1, (peers.layout.world, 2))
     return first_largest(of_all_BW2[..., 0].contiguous().view(torch.float32), of_all_BW2[..., 1], x_BV.shape[1])
+
+
+def draw_columns(peers: PeerSums, x_BV: Tensor, draws: Draws) -> Tensor:
+    """int64 [R]: what `draw_tokens` draws from what `gather_columns` would return. `x_BV` has contiguous rows, of which
+    at most `max_rows` draw. Raises ValueError.
+    """
+    if not 0 < len(draws.row_R) <= peers.max_rows:
+        raise ValueError(f"{len(draws.row_R)} rows do not fit an area of {peers.max_rows}")
+    if x_BV.is_cuda and HAS_TRITON:
+        from actors.kernels.draw_triton import launch_draw
+
+        return launch_draw(x_BV, draws, peers.layout.world * x_BV.shape[1], peers)
+    return draw_tokens(gather_columns(peers, x_BV.index_select(0, draws.row_R)), draws.of_rows())
 
 
 def first_largest(values_BW: Tensor, columns_BW: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,7 @@ _EAGER_POLLS = tl.constexpr(8)
 _WATCHED_WORDS = tl.constexpr(4)  # the last ones: as many as keep loads of vectors
 
 _VECTOR_BYTES = 16
-_WARPS_WHOLE, _WARPS_SLICED, _WARPS_GATHER = 16, 8, 8
+_WARPS_WHOLE, _WARPS_SLICED, _WARPS_FLAGGED, _WARPS_GATHER = 16, 8, 4, 8
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -268,11 +268,11 @@ def _sum_sliced_kernel(
     tl.store(state + _CALLS + row, sequence)
 
 
-@triton.jit(do_not_specialize=["rank", "timeout_ns", "num_columns"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["rank", "timeout_ns"])  # type: ignore[untyped-decorator]
 def _largest_kernel(
-    x, values, columns, bases, state, host, timeout_ns, rank, x_stride, num_columns, at_told, at_area,
-    CAPACITY: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, WORLD: tl.constexpr, WORLD_BLOCK: tl.constexpr,
-    LANES: tl.constexpr, IS_TIMED: tl.constexpr,
+    x, values, columns, bases, state, host, timeout_ns, rank, x_stride, at_told, at_area,
+    CAPACITY: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WORLD: tl.constexpr,
+    WORLD_BLOCK: tl.constexpr, LANES: tl.constexpr, IS_TIMED: tl.constexpr,
 ):  # fmt: skip
     """One program per row: sends every other rank two words, order and column of its largest number.
 
@@ -281,7 +281,7 @@ def _largest_kernel(
     row = tl.program_id(0).to(tl.int64)
     sequence = tl.load(state + _CALLS + row) + 1
     number = sequence.to(tl.int32)
-    key = largest_of_row(x + row * x_stride, num_columns, BLOCK)
+    key = largest_of_row(x + row * x_stride, WIDTH, BLOCK)
     word = tl.arange(0, 2)
     words = tl.where(word == 0, key >> 32, key).to(tl.int32)
     half = (sequence & 1) * WORLD
@@ -300,7 +300,7 @@ def _largest_kernel(
     arrived = tl.where(is_own, words[None, :], arrived)
     order = tl.sum(tl.where(word[None, :] == 0, arrived, 0), axis=1)
     column = 0x7FFFFFFF - tl.sum(tl.where(word[None, :] == 1, arrived, 0), axis=1)
-    keys = as_key(order, column + sources * num_columns)
+    keys = as_key(order, column + sources * WIDTH)
     best = tl.max(tl.where(sources < WORLD, keys, -0x8000000000000000), axis=0)
     tl.store(values + row, value_of((best >> 32).to(tl.int32)))
     tl.store(columns + row, 0x7FFFFFFF - (best & 0x7FFFFFFF))
@@ -398,10 +398,11 @@ def largest_columns(peers: PeerSums, x_BV: Tensor) -> tuple[Tensor, Tensor]:
     block, warps = block_of(width)
     _largest_kernel[(num_rows,)](
         x_BV, values_B, columns_B, peers.bases, peers.state, peers.host, _timeout_ns(peers), peers.rank,
-        x_BV.stride(0), width, layout.blame, layout.slices if is_sliced else 0,
+        x_BV.stride(0), layout.blame, layout.slices if is_sliced else 0,
         CAPACITY=layout.sliced_rows if is_sliced else layout.whole_rows,
-        WORDS=layout.row_words // layout.world if is_sliced else layout.row_words, BLOCK=block, WORLD=layout.world,
-        WORLD_BLOCK=triton.next_power_of_2(layout.world), LANES=32 * warps, IS_TIMED=x_BV.is_cuda, num_warps=warps,
+        WORDS=layout.row_words // layout.world if is_sliced else layout.row_words, WIDTH=width, BLOCK=block,
+        WORLD=layout.world, WORLD_BLOCK=triton.next_power_of_2(layout.world), LANES=32 * warps, IS_TIMED=x_BV.is_cuda,
+        num_warps=warps,
     )  # fmt: skip
     return values_B, columns_B
 
@@ -416,7 +417,8 @@ def _launch_sum(
     weight = a if weight_D is None else weight_D.view(torch.int32)
     is_whole = num_rows <= layout.whole_rows
     words = layout.row_words if is_whole else layout.row_words // layout.world
-    warps = _WARPS_WHOLE if is_whole else _WARPS_SLICED
+    is_flagged = not is_whole and 0 < layout.flagged_rows <= num_rows
+    warps = _WARPS_WHOLE if is_whole else _WARPS_FLAGGED if is_flagged else _WARPS_SLICED
     pointers = (
         a, b, h, out, weight, peers.bases, peers.state, peers.host, _timeout_ns(peers), peers.rank, eps, a.stride(0),
         b.stride(0), h.stride(0), out.stride(0), layout.blame,
@@ -438,7 +440,7 @@ def _launch_sum(
     }
     if is_whole:
         _sum_whole_kernel[(num_rows,)](*pointers, **options)
-    elif 0 < layout.flagged_rows <= num_rows:
+    elif is_flagged:
         from actors.kernels.peer_sums_flagged_triton import sum_flagged_kernel  # which is made of this module's parts
 
         sum_flagged_kernel[(num_rows,)](

@@ -132,6 +132,7 @@ class EpochMachine:
         self._tries = 0  # to get up again since the last epoch served
         self._disputes = 0  # over what an expert's weights are, since a planned change succeeded
         self._suspended_s: float | None = None
+        self._has_served = False  # so that requests may wait
         self._progress: dict[int, tuple[int, int]] = {}
         self.serving = False
         self.broken = False
@@ -200,6 +201,7 @@ class EpochMachine:
         self._next_rank = max(found, default=-1) + 1
         if not found:
             return self._bring_up("first start", now_s)
+        self._has_served = True  # under the router before
         self._members = {rank: _Member() for rank in found}
         self._finding, self._finding_ends_s = set(found), now_s + FIND_TIMEOUT_S
         return []
@@ -439,7 +441,7 @@ class EpochMachine:
         store = self._store if len(change.ranks) > 1 else ""
         epoch = Epoch(epoch=change.epoch.epoch, ranks=change.ranks, store=store, endpoints=endpoints)
         change.epoch = epoch
-        hurries = self._last is not None and not self.serving
+        hurries = not self.serving and self._has_served
         tells: list[Action] = [Tell(s.rank, Prepare(epoch=epoch, hurries=hurries)) for s in change.ranks]
         timeout_s = self._join_timeout_s + PREPARE_MARGIN_S
         return tells + self._enter(Phase.PREPARING, _numbers(change.ranks), now_s, timeout_s)
@@ -479,7 +481,7 @@ class EpochMachine:
         retired = sorted(set(self._members) - members)
         self._record(change, "", now_s)
         self._members = {rank: self._members[rank] for rank in members}
-        self._last, self._change, self.serving = epoch, None, True
+        self._last, self._change, self.serving, self._has_served = epoch, None, True, True
         self._kept = set(epoch.of_role("attention"))
         self._retry_s, self._tries, self.problem = RETRY_FIRST_S, 0, ""
         if change.is_planned:  # another recovery settles nothing: replicas may be left out of it

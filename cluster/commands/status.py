@@ -67,6 +67,8 @@ def _show(snapshot: dict[str, Any], as_json: bool) -> None:
     for table in (ranks_table(snapshot), experts_table(snapshot), changes_table(snapshot)):
         if table.row_count:
             console.print(table)
+    if phases := last_phases(snapshot):
+        console.print(phases, highlight=False)
 
 
 def headline(snapshot: dict[str, Any]) -> str:
@@ -151,3 +153,11 @@ def changes_table(snapshot: dict[str, Any]) -> Table:
             change["problem"] or "done",
         )
     return table
+
+
+def last_phases(snapshot: dict[str, Any]) -> str:
+    """One line: how long each part of the last change took. Empty where there was none."""
+    changes = snapshot.get("changes", ())
+    phases = changes[-1].get("phases_s", {}) if changes else {}
+    text = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases.items())
+    return f"last change: {text}" if text else ""

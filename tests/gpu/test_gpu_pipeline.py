@@ -9,7 +9,6 @@ import pytest
 from service import launch, stop
 
 from actors.checkpoint.shape_models import ensure_shape_model
-from actors.dispatch.micro_batches import MOST_WHOLE_ROWS
 from benchmarks.engine import Engine
 from benchmarks.workload import Item
 from cluster.hardware import parse_machines
@@ -71,12 +70,12 @@ def test_two_gpus_give_the_tokens_of_the_cpu(
 @pytest.mark.timeout(300)
 def test_steps_in_halves_give_the_tokens_of_whole_steps(checkpoint: Path) -> None:
     """More requests at once than a step may have before it is divided."""
-    items = ITEMS * (1 + MOST_WHOLE_ROWS // len(ITEMS))
+    items = ITEMS * 4
     tokens = []
     for micro_batches in (1, 2):
         with Engine(checkpoint, parse_machines("2xH200"), ["cuda:0", "cuda:1"], dtype="float32", max_model_len=2048,
                     kv_cache_bytes=64 << 20, step_timeout_s=60.0, layout="disaggregated",
-                    micro_batches=micro_batches) as engine:  # fmt: skip
+                    micro_batches=micro_batches, micro_batch_rows=16) as engine:  # fmt: skip
             traces = engine.run(items)
         assert not [trace.problem for trace in traces if trace.problem]
         tokens.append([trace.token_ids for trace in traces])

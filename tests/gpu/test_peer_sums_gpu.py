@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from actors.kernels import holders, peer_sums
+from actors.kernels.draw import Draws, draw_tokens
 from actors.kernels.largest import largest
 from actors.kernels.norm import add_rms_norm
 from actors.kernels.peer_sums import PeerSums, SumLayout
@@ -111,10 +112,12 @@ def test_the_largest_of_all_columns(world: int) -> None:
     """Ties, numbers that are none, any width: as torch has it, wherever it lies."""
     unit = Ranks(world, hidden=D if world != 3 else 1536)
     for num_rows, width in ((1, 50512), (5, 1000), (32, 50512), (3, 7)):
-        x = torch.randn(world, num_rows, width, device=CUDA).bfloat16()
-        x[:, -1, 3] = x[-1, -1, 5] = 9.0
-        x[0, 0, 2] = torch.nan if num_rows > 1 else 1.0
-        values, columns = torch.cat(list(x), dim=1).max(1)
+        x = [torch.randn(num_rows, width, device=CUDA).bfloat16() for _ in range(world)]  # each is aligned alike
+        for each in x:
+            each[-1, 3] = 9.0
+        x[-1][-1, 5] = 9.0
+        x[0][0, 2] = torch.nan if num_rows > 1 else 1.0
+        values, columns = torch.cat(x, dim=1).max(1)
 
         def choose(p: PeerSums) -> Tensor:
             each = largest(x[0]) if world == 1 else peer_sums.largest_columns(p, x[p.rank])  # noqa: B023
@@ -123,6 +126,36 @@ def test_the_largest_of_all_columns(world: int) -> None:
         for each in unit.run(choose):
             torch.testing.assert_close(each[0].float(), values.float(), rtol=0, atol=0, equal_nan=True)
             assert torch.equal(each[1].long(), columns)
+
+
+@pytest.mark.parametrize("world", [1, 3, 4])
+def test_tokens_are_drawn_as_from_whole_rows(world: int) -> None:
+    unit = Ranks(world, hidden=D if world != 3 else 1536)
+    for num_rows, width in ((1, 50512), (32, 50512), (5, 96)):
+        x = [(torch.randn(num_rows, width, device=CUDA) * 3).bfloat16() for _ in range(world)]
+        whole = torch.cat(x, dim=1)
+        num_draws = 2 * num_rows if num_rows < 32 else 32
+        for least_R in (None, torch.randint(1 << 40, (num_draws,), device=CUDA)):
+            draws = Draws(
+                row_R=torch.randint(num_rows, (num_draws,), device=CUDA),
+                largest_B=whole.amax(1).float(),
+                temperature_R=torch.rand(num_draws, device=CUDA) * 2 + 0.1,
+                uniform_R=torch.rand(num_draws, dtype=torch.float64, device=CUDA),
+                least_R=least_R,
+            )
+            expected = draw_tokens(whole.cpu(), Draws(**{key: _on_cpu(value) for key, value in _fields(draws)}))
+            for each in unit.run(
+                lambda p: draw_tokens(x[0], draws) if world == 1 else peer_sums.draw_columns(p, x[p.rank], draws)  # noqa: B023
+            ):
+                assert torch.equal(each.cpu(), expected)
+
+
+def _fields(draws: Draws) -> list[tuple[str, Tensor | None]]:
+    return [(name, getattr(draws, name)) for name in draws.__slots__]
+
+
+def _on_cpu(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.cpu()
 
 
 def test_a_peer_that_does_not_come_is_named_once_and_not_waited_for_again() -> None:

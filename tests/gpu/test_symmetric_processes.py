@@ -32,6 +32,9 @@ LAYOUTS = {
     "1A+1E": Layout((0,), spread((1,))),
     "colocated 2": Layout((0, 1), spread((0, 1))),
     "colocated 2 replicas": Layout((0, 1), spread((0, 1), replicas=2)),
+    "1A+2E": Layout((0,), spread((1, 2))),
+    "grown 1A+2E": Layout((0,), spread((1,)) | spread((2,))),
+    "grown 1A+3E": Layout((0,), spread((1, 2)) | {3: spread((1, 2))[2]}),
     "2A+2E": Layout((0, 1), spread((2, 3))),
     "1A+3E": Layout((0,), spread((1, 2, 3))),
     "colocated 4": Layout((0, 1, 2, 3), spread((0, 1, 2, 3))),
@@ -178,6 +181,74 @@ def test_equals_what_is_expected_and_the_collective(world: int) -> None:
 @needs(2)
 def test_ranks_that_see_one_device_each() -> None:
     assert on_all(equal_all, "1A+1E", visible=("0", "1")) == {0: True, 1: True}
+
+
+def grow(me: Rank, after: Layout, before: Layout) -> bool:
+    """The last rank comes; the others replay what they captured before, with the experts that they had."""
+    device, comes = me.shape.device, me.rank == before.world
+    old = None if comes else me.join(before)
+    group = me.group.beside()
+    if comes:
+        me.epoch, me.experts = me.epoch + 1, Experts(me.shape, after.slots[me.rank])
+    else:
+        replays = Replays(me, old, counts_of(before, (16,)))
+        replays.check(50)
+    group.join(me.epoch + 1, me.rank, after.world, JOIN_S, TIMEOUT_S)
+    new = SymmetricDispatch(
+        SymmetricMemory(group, device, JOIN_S), after.routing(device), me.experts, after.attention, me.shape,
+        TIMEOUT_S, max_tokens=64, before=old,
+    )  # fmt: skip
+    new.start()
+    if comes:
+        replays = Replays(me, new, counts_of(after, (16,)))
+    else:
+        assert new.can_take_over(old), f"rank {me.rank}"
+        new.take_over(old)
+        replays.dispatch = new
+    group.all_reduce(torch.zeros(1, device=device))
+    group.synchronize()  # nobody begins before all have come
+    replays.check(50)
+    new.close()
+    group.leave()
+    me.group.leave()
+    return not comes or int(me.experts.num_rows) > 0
+
+
+class Replays:
+    """A step as a graph, and its outputs against what they should be, with other tokens every time."""
+
+    def __init__(self, me: Rank, dispatch: Any, counts: tuple[int, ...]) -> None:
+        self._me, self.dispatch, self._num_tokens = me, dispatch, counts[me.rank]
+        self._inputs = [random_tokens(self._num_tokens, me.shape, layer) for layer in LAYERS]
+        self._outputs: list[Tensor] = []
+        self._graph, self._stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
+            dispatch.begin_step(counts)
+            if not self._num_tokens:
+                dispatch.serve_layers()
+            for tokens, layer in zip(self._inputs, LAYERS if self._num_tokens else (), strict=False):
+                self._outputs.append(dispatch.combine(dispatch.dispatch(*tokens, layer)))
+
+    def check(self, num_replays: int) -> None:
+        for replay in range(num_replays):
+            for mine, layer in zip(self._inputs, LAYERS, strict=True):
+                fresh = random_tokens(self._num_tokens, self._me.shape, replay * 9 + layer)
+                for a, b in zip(mine, fresh, strict=True):
+                    a.copy_(b)
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                self._graph.replay()
+                self.dispatch.wait()
+            for layer, tokens, y_TD in zip(LAYERS, self._inputs, self._outputs, strict=False):
+                assert torch.equal(y_TD, expected(layer, tokens)), f"replay {replay}, layer {layer}"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [pytest.param("1A+1E", "grown 1A+2E", marks=needs(3)), pytest.param("1A+2E", "grown 1A+3E", marks=needs(4))],
+)
+def test_graphs_go_on_when_an_expert_rank_comes(before: str, after: str) -> None:
+    assert on_all(grow, after, before) == dict.fromkeys(range(LAYOUTS[after].world), True)
 
 
 def survive(me: Rank, layout: Layout) -> tuple[int, float]:

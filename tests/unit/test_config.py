@@ -44,8 +44,10 @@ def test_slices_are_of_the_ranks_that_share_an_attention(keys: dict[str, object]
 
 
 def test_only_two_sides_take_turns() -> None:
-    assert PipelineConfig.parse({"micro_batches": 2, "layout": "disaggregated"}).divides_steps
-    assert not PipelineConfig.parse({"micro_batches": 2, "layout": "colocated"}).divides_steps
-    assert not PipelineConfig.parse({"micro_batches": 1, "layout": "disaggregated"}).divides_steps
-    with pytest.raises(ConfigError, match="micro_batches"):
-        PipelineConfig.parse({"micro_batches": 3})
+    keys = {"micro_batches": 2, "micro_batch_rows": 32, "layout": "disaggregated"}
+    assert PipelineConfig.parse(keys).most_whole_rows == 32
+    for change in ({"layout": "colocated"}, {"micro_batches": 1}):
+        assert PipelineConfig.parse(keys | change).most_whole_rows == 0
+    for key, value in (("micro_batches", 3), ("micro_batch_rows", 48), ("micro_batch_rows", 4)):
+        with pytest.raises(ConfigError, match=key):
+            PipelineConfig.parse({key: value})

@@ -8,9 +8,11 @@ import torch
 
 from actors.checkpoint.shapes import SHAPES, shape_config
 from actors.config import PipelineConfig
+from actors.dispatch.by_size import DispatchBySize
 from actors.dispatch.collective import CollectiveDispatch
 from actors.dispatch.local import LocalDispatch
 from actors.dispatch.replicated import ReplicatedDispatch
+from actors.next_epoch import NextEpoch
 from actors.rank import Rank, _Held
 from actors.types import Epoch, RankSpec
 
@@ -30,6 +32,8 @@ class Group:
     def connect(self) -> None: ...
 
     def leave(self) -> None: ...
+
+    def interrupt(self) -> None: ...
 
 
 class Workers:
@@ -105,3 +109,41 @@ def test_graphs_of_a_rank_alone_do_not_outlive_an_epoch_with_peers() -> None:
     assert join(rank, 4, False, alone) is first
     assert join(rank, 5, False, alone) is first
     assert workers.kept == [False, True, False, False, True]
+
+
+class Small:
+    """What small steps go through, which can take over from any other."""
+
+    def __init__(self) -> None:
+        self.has_taken_over = self.is_closed = False
+
+    def can_take_over(self, before: object) -> bool:
+        return True
+
+    def take_over(self, before: object) -> None:
+        self.has_taken_over = True
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@pytest.mark.parametrize("how", ["well", "it was interrupted", "it was left", "experts have moved"])
+def test_graphs_are_handed_over_where_an_epoch_ended_well_and_experts_are_where_they_were(how: str) -> None:
+    both: tuple[Any, Any] = ("attention", "expert")
+    specs = tuple(RankSpec(rank=rank, roles=both, slots=EVERY) for rank in (0, 1))
+    rank, workers = make_rank(specs[0])
+    smalls: list[Any] = [Small(), Small()]
+    nothing: Any = None
+    for number, small in enumerate(smalls, 1):
+        if number == 2:
+            workers.has_moved = how == "experts have moved"
+            if how == "it was interrupted":
+                rank.interrupt(1)
+            elif how == "it was left":
+                rank.leave()
+        dispatch = DispatchBySize(small, nothing, torch.device("cpu"))
+        group: Any = Group()
+        rank._prepared = NextEpoch(Epoch(epoch=number, ranks=specs), group, dispatch)
+        rank.join(number, False)
+    assert smalls[1].has_taken_over == (how == "well") == workers.kept[1]
+    assert smalls[0].is_closed and not smalls[1].is_closed

@@ -110,7 +110,9 @@ def test_halves_give_the_tokens_of_the_whole(
     case = make_case(variant)
     plain = case.load(max_num_seqs=SEATS, max_model_len=80)
     monkeypatch.setattr(worker, "uses_kernels", lambda *_: True)
-    model = case.load(max_num_seqs=SEATS, max_model_len=80)
+    model = case.load(
+        max_num_seqs=SEATS, max_model_len=80, layout="disaggregated", micro_batches=2, micro_batch_rows=MOST_WHOLE_ROWS
+    )
     halves = Halves(model)
     num_divided = num_whole_dispatches = 0
 

@@ -1,4 +1,4 @@
-"""Large steps in two parts: where they are cut, and that two ranks which share memory answer as the model does."""
+"""Large steps in parts: where they are cut, and that two ranks which share memory answer as the model does."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +38,13 @@ def spans(part: Sequence[Work]) -> list[tuple[int, int, int, bool]]:
     return [(w.request_idx, w.start, w.start + w.num_tokens, w.samples) for w in part]
 
 
+@pytest.fixture(autouse=True)
+def _sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "MIN_DIVIDED_ROWS", 2048)
+    monkeypatch.setattr(parts, "PART_ROWS", 2048)
+    monkeypatch.setattr(parts, "MAX_PARTS", 3)
+
+
 def test_small_steps_are_one_part() -> None:
     work = work_of(1, 2000)
     assert divide(work) == [work]
@@ -55,13 +62,19 @@ def test_a_long_piece_is_cut_where_attention_is_fast() -> None:
     assert first[1].global_pages == (1,) and second[0].global_pages == (), "pages are granted once"
 
 
-@pytest.mark.parametrize("sizes", [(2048,), (1, 2047), (5000, 1), (700, 3000, 700), (3000, 700, 700)])
-def test_all_is_computed_once_in_its_order(sizes: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "num_parts"),
+    [
+        ((2048,), 2), ((1, 2047), 2), ((5000, 1), 2), ((700, 3000, 700), 2), ((3000, 700, 700), 2), ((9000,), 3),
+        ((1024,) * 16, 3), ((1,) * 100 + (8000, 300), 3), ((300, 7000, 4000), 3),
+    ],
+)  # fmt: skip
+def test_all_is_computed_once_in_its_order(sizes: tuple[int, ...], num_parts: int) -> None:
     divided = divide(work_of(*sizes))
-    assert len(divided) == 2 and all(divided)
+    assert len(divided) == num_parts and all(divided)
     rows = [[(w.request_idx, w.start + t) for w in part for t in range(w.num_tokens)] for part in divided]
-    assert rows[0] + rows[1] == [(i, t) for i, size in enumerate(sizes) for t in range(size)]
-    assert max(map(len, rows)) <= sum(sizes) * 3 // 4
+    assert [row for of_part in rows for row in of_part] == [(i, t) for i, size in enumerate(sizes) for t in range(size)]
+    assert max(map(len, rows)) <= sum(sizes) / num_parts * 3 / 2
     assert sum(w.samples for part in divided for w in part) == len(sizes)
 
 
@@ -106,12 +119,13 @@ def store() -> Iterator[RendezvousStore]:
     store.stop()
 
 
-@pytest.mark.parametrize("min_divided_rows", [20, 1000])
+@pytest.mark.parametrize("part_rows", [8, 1000])
 def test_two_ranks_answer_as_the_model_does(
-    make_case: Callable[..., Any], store: RendezvousStore, monkeypatch: pytest.MonkeyPatch, min_divided_rows: int
+    make_case: Callable[..., Any], store: RendezvousStore, monkeypatch: pytest.MonkeyPatch, part_rows: int
 ) -> None:
     """Prompts in steps of several requests, of which one is cut, and a step of single tokens among prompts."""
-    monkeypatch.setattr(parts, "MIN_DIVIDED_ROWS", min_divided_rows)
+    monkeypatch.setattr(parts, "MIN_DIVIDED_ROWS", part_rows)
+    monkeypatch.setattr(parts, "PART_ROWS", part_rows)
     monkeypatch.setattr(parts, "CUT_TOKENS", 4)
     case = make_case("maverick")
     unit = Unit(case.directory, store)

@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.table import Table
 
-from cluster.commands.status import changes_table, experts_table, headline, rank_loads, ranks_table
+from cluster.commands.status import changes_table, experts_table, headline, last_phases, rank_loads, ranks_table
 
 SNAPSHOT: dict[str, Any] = {
     "serving": True,
@@ -50,6 +50,14 @@ def test_changes_come_newest_first_with_their_outcome() -> None:
     failed = {**SNAPSHOT["changes"][0], "problem": "no room"}
     columns = text(changes_table({"changes": [failed, SNAPSHOT["changes"][1]]}))
     assert columns[1] == ["12", "11"] and columns[3] == ["43", "0"] and columns[5] == ["done", "no room"]
+
+
+def test_the_last_change_is_shown_by_phase() -> None:
+    phases_s = {"starting ranks": 2.75, "loading weights": 0.25}
+    last = {**SNAPSHOT["changes"][1], "phases_s": phases_s}
+    shown = last_phases({"changes": [SNAPSHOT["changes"][0], last]})
+    assert shown == "last change: starting ranks 2.75 s, loading weights 0.25 s"
+    assert last_phases(SNAPSHOT) == last_phases({}) == ""
 
 
 def test_the_head_says_what_serves_and_what_is_wanted() -> None:

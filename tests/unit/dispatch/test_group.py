@@ -1,5 +1,6 @@
 """Groups of two ranks, both in this process: what a rank that leaves does to one that waits for it."""
 
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -131,3 +132,37 @@ def test_a_rank_that_waits_for_a_silent_peer_can_be_told_to_stop(
     with pytest.raises(RankError, match="in no group"):
         pair[0].post((), [(1, torch.zeros(1))], 0)
     pair[0].interrupt()  # a group that is gone: nothing to do
+
+
+def test_the_next_group_is_formed_beside_the_one_in_use(pair: tuple[EpochGroup, EpochGroup]) -> None:
+    """A receive that was posted before it was formed arrives after that, and both carry messages."""
+    received = torch.zeros(2, 4)
+    arriving = pair[0].post((), [(1, received[0])], 0)
+    after = pair[0].beside(), pair[1].beside()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda rank: after[rank].join(2, rank, 2, TIMEOUT_S, TIMEOUT_S), range(2)))
+    also_arriving = after[0].post((), [(1, received[1])], 0)
+    for group, number in ((after[1], 2.0), (pair[1], 1.0)):
+        group.post([(0, torch.full((4,), number))], (), 0).wait()
+    arriving.wait()
+    pair[0].leave()
+    also_arriving.wait()
+    assert received[:, 0].tolist() == [1.0, 2.0]
+    for group in after:
+        group.leave()
+
+
+def test_who_waits_for_a_rank_that_does_not_come_is_told(pair: tuple[EpochGroup, EpochGroup]) -> None:
+    """By the rank itself, or by whoever knows that the epoch is over."""
+    is_over = threading.Event()
+    ways = (lambda: pair[1].beside().refuse(2), "somebody does not come"), (is_over.set, "it is over")
+    for epoch, (tell, problem) in enumerate(ways, 2):
+        with ThreadPoolExecutor(1) as pool:
+            joining = pool.submit(pair[0].beside().join, epoch, 0, 2, TIMEOUT_S, TIMEOUT_S, is_over.is_set)
+            with pytest.raises(TimeoutError):
+                joining.result(0.2)
+            start_s = time.monotonic()
+            tell()
+            with pytest.raises(RankError, match=problem):
+                joining.result(AT_ONCE_S)
+        assert time.monotonic() - start_s < AT_ONCE_S

@@ -137,7 +137,7 @@ def test_the_first_half_is_about_half_and_fits() -> None:
 @pytest.mark.parametrize("lost", [0, 2])
 def test_a_lost_rank_is_named_within_one_timeout(lost: int) -> None:
     """By those that wait for it, whose waits in the other half end at once; they blame nobody else."""
-    layout, timeout_s = LAYOUTS["2A+2E"], 0.4
+    layout, timeout_s = LAYOUTS["2A+2E"], 0.8
     dispatches, _ = started(layout, Model(NUM_EXPERTS, HIDDEN), timeout_s=timeout_s)
     step = random_step(layout, (50, 50), 1, HIDDEN, 0)
     took_s: dict[int, float] = {}

@@ -317,7 +317,7 @@ def test_two_micro_batches_in_ping_pong() -> None:
 def test_a_lost_rank_is_named_within_the_timeout(lost: int) -> None:
     """By those that wait for it; the other rank of its role may get all that it needs. Both layers take one timeout."""
     layout = LAYOUTS["2A+2E"]
-    dispatches, _ = started(layout, Model(NUM_EXPERTS, HIDDEN), 1, timeout_s=0.3)
+    dispatches, _ = started(layout, Model(NUM_EXPERTS, HIDDEN), 1, timeout_s=0.8)
     step = random_step(layout, (9, 9), 1, HIDDEN, 0)
     began_s = time.monotonic()
 
@@ -335,7 +335,7 @@ def test_a_lost_rank_is_named_within_the_timeout(lost: int) -> None:
             dispatch.begin_step((1, 1, 0, 0))
 
     on_all(dispatches, work)
-    assert time.monotonic() - began_s < 3.0
+    assert time.monotonic() - began_s < 4.0
 
 
 def test_an_interrupt_ends_a_wait_at_once() -> None:

@@ -13,6 +13,7 @@ from actors.dispatch.peer_memory import SharedMemory
 from actors.dispatch.rows import TokenShape
 from actors.dispatch.tensor_parallel import ALONE, OverGroup, OverPeerMemory, TensorParallel, make_tensor_parallel
 from actors.errors import RankError
+from actors.kernels.draw import Draws, draw_tokens
 from actors.kernels.norm import add_rms_norm
 
 CPU = torch.device("cpu")
@@ -157,6 +158,21 @@ def test_the_largest_column_is_the_first_of_all_members(unit: Unit) -> None:
     for values, columns in unit.all(lambda member: member.largest_columns(x[member.index])):  # type: ignore[arg-type]
         torch.testing.assert_close(values, expected.values, rtol=0, atol=0, equal_nan=True)
         assert torch.equal(columns, expected.indices) and int(columns[1]) == 1
+
+
+def test_tokens_are_drawn_from_all_members_columns_alike(unit: Unit) -> None:
+    x, generator = torch.randn(3, 6, 40), torch.Generator().manual_seed(5)
+    whole = torch.cat(list(x), dim=1)
+    draws = Draws(
+        row_R=torch.tensor([5, 0, 3, 3]),
+        largest_B=whole.amax(1),
+        temperature_R=torch.tensor([0.5, 1.0, 2.0, 9.0]),
+        uniform_R=torch.rand(4, generator=generator, dtype=torch.float64),
+        least_R=torch.tensor([0, 1 << 50, 0, 0]),
+    )
+    expected = draw_tokens(whole, draws)
+    for each in unit.all(lambda member: member.draw_columns(x[member.index], draws)):
+        assert torch.equal(each, expected)
 
 
 def test_the_next_epoch_goes_on_where_nobody_was_lost(unit: Unit, store: RendezvousStore) -> None:

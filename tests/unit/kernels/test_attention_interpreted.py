@@ -53,11 +53,11 @@ def _add_rms_norm(h_TD: Tensor, deltas: list[Tensor | None], weight_D: Tensor, e
 
 
 def _with_triton() -> cases.Implementation:
-    tile = Tile(keys=16, warps=4, stages=1)
+    tile = Tile(keys=16, warps=4, stages=1, least_keys=16)
     return cases.Implementation(
         add_rms_norm=_add_rms_norm,
         store_heads=heads._with_triton,
-        decode=partial(decode_attention._with_triton, tile=tile, least_keys=16),
+        decode=partial(decode_attention._with_triton, tile=tile),
         store_and_attend=partial(_store_and_attend, tile),
     )
 
@@ -67,7 +67,7 @@ def _store_and_attend(
     scratch: DecodeScratch,
 ) -> Tensor:  # fmt: skip
     qkv_BHd = qkv_BN.view(qkv_BN.shape[0], -1, shape.head_dim)
-    return decode_attention._with_triton(qkv_BHd, pages_PSHd, context, shape, scratch, newest, tile, 16)
+    return decode_attention._with_triton(qkv_BHd, pages_PSHd, context, shape, scratch, newest, tile)
 
 
 if __name__ == "__main__":

@@ -129,11 +129,13 @@ def test_sums_are_cut_alike_whatever_the_number_of_slots(
     form: Form, num_rows: int, shape: tuple[int, int, bool]
 ) -> None:
     """Else an expert would compute other bits when its layer moves to more memory."""
-    from actors.kernels.grouped_tiles import choose_tiles
+    from actors.kernels.grouped_tiles import choose_few_rows, choose_tiles
 
     inputs, outputs, is_gate_up = shape
+    if choose_few_rows(form, num_rows, inputs, outputs, swiglu=is_gate_up, is_single=False) is not None:
+        return  # these know nothing of slots
     swiglu = is_gate_up and form != "fp8"
     tiles = [choose_tiles(form, num_rows, inputs, slots, outputs, swiglu=swiglu) for slots in range(2, 40)]
     of_a_part = {(t.split, -(-inputs // t.inputs // t.split) * t.inputs) for t in tiles}
     assert len(of_a_part) == 1
-    assert form == "int4" or len({t.inputs for t in tiles}) == 1  # INT4 adds up groups of 128 one by one anyway
+    assert len({t.inputs for t in tiles}) == 1

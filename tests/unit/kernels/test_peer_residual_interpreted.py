@@ -24,13 +24,13 @@ def test_kernels_in_the_interpreter() -> None:
 
 def main() -> None:
     let_ranges_have_tensor_bounds()
-    for dtype, has_room in ((torch.float16, False), (torch.float32, False), (torch.float16, True)):
-        ranks = make_ranks(dtype, has_room)
+    for dtype in (torch.float16, torch.float32):
+        ranks = make_ranks(dtype)
         for call, norms in enumerate((True, False, True)):
             check(ranks, call, norms)
 
 
-def make_ranks(dtype: torch.dtype, has_room: bool) -> list[PeerResidual]:
+def make_ranks(dtype: torch.dtype) -> list[PeerResidual]:
     layout = ResidualLayout(world=WORLD, hidden=HIDDEN, dtype=dtype, max_rows=13)
     buffers = tuple(torch.zeros(layout.num_bytes, dtype=torch.uint8) for _ in range(WORLD))
     bases = torch.tensor([buffer.data_ptr() for buffer in buffers])
@@ -43,7 +43,6 @@ def make_ranks(dtype: torch.dtype, has_room: bool) -> list[PeerResidual]:
             state=torch.zeros(3, dtype=torch.int64),
             host=torch.zeros(2, dtype=torch.int64),
             timeout_s=1.0,
-            room_WND=torch.zeros(WORLD, 5, HIDDEN, dtype=dtype) if has_room else None,
         )
         for rank in range(WORLD)
     ]
@@ -67,11 +66,7 @@ def check(ranks: list[PeerResidual], call: int, norms: bool) -> None:
         assert bool(peers.state[BLAMED]) == (peers.rank < WORLD - 1), "the last one finds all there"
         forget(ranks)
     for peers in ranks:
-        share, room = shares[peers.rank], peers.room_WND
-        if room is None:
-            peer_residual_triton.add_sums(peers, kept[peers.rank], share, weight, EPS, 2)
-        else:
-            peer_residual_triton.add_copies(peers, room, kept[peers.rank], share, weight, EPS)
+        peer_residual_triton.add_sums(peers, kept[peers.rank], shares[peers.rank], weight, EPS, 2)
         forget(ranks)
     expected_h = h + ordered_sum(parts)
     expected_x = expected_h if weight is None else add_rms_norm(expected_h.clone(), (), weight, EPS)

@@ -11,6 +11,7 @@ import torch
 from interpreter import let_ranges_have_tensor_bounds, run_interpreted
 from torch import Tensor
 
+from actors.kernels.draw import Draws, draw_tokens
 from actors.kernels.norm import add_rms_norm
 from actors.kernels.peer_sums import BLAMED, CALLS, PeerSums, SumLayout
 from actors.kernels.triton_here import HAS_TRITON
@@ -33,6 +34,7 @@ def main() -> None:
         check_sums(dtype, 0, 2)
     check_gather(torch.float16)
     check_largest()
+    check_draws()
 
 
 def make_ranks(dtype: torch.dtype, hidden: int, whole_rows: int, flagged_rows: int = 0) -> list[PeerSums]:
@@ -147,6 +149,29 @@ def check_largest() -> None:
     values, columns = launch_largest(x[1])
     torch.testing.assert_close(values, x[1].max(1).values, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(columns, x[1].max(1).indices)
+
+
+def check_draws() -> None:
+    """Columns of one rank and of several give the reference's tokens; one of them has nearly all of a row's weight."""
+    from actors.kernels.draw_triton import launch_draw
+
+    x = torch.randn(WORLD, 3, 30)
+    x[1, 2] += 20
+    whole = torch.cat(list(x), dim=1)
+    for least_R in (None, torch.tensor([0, 1 << 54, 0, 0])):
+        draws = Draws(
+            row_R=torch.tensor([2, 0, 1, 0]),
+            largest_B=whole.amax(1),
+            temperature_R=torch.tensor([1.0, 0.4, 1.0, 5.0]),
+            uniform_R=torch.tensor([0.3, 0.99, 0.5, 0.0], dtype=torch.float64),
+            least_R=least_R,
+        )
+        expected = draw_tokens(whole, draws)
+        assert torch.equal(launch_draw(whole, draws, whole.shape[1]), expected)
+        for whole_rows in (4, 8):
+            ranks = make_ranks(torch.float32, HIDDEN, whole_rows)
+            for each in run(ranks, lambda peers: launch_draw(x[peers.rank], draws, whole.shape[1], peers)):  # noqa: B023
+                assert torch.equal(each, expected)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import pytest
 from msgspec import structs
 
 from actors.router.actions import Action, BeginServing, Connect, Kill, Start, Suspend, Tell
-from actors.router.epochs import EpochMachine
+from actors.router.epochs import EpochMachine, Phase
 from actors.router.membership import ExpertTokens, Goal, Proposal
 from actors.types import (
     EMPTY_SLOT,
@@ -120,6 +120,23 @@ def test_the_phases_follow_each_other_once_all_have_answered() -> None:
     assert all(message.fresh for _, message in road.messages(Join))  # type: ignore[attr-defined]
     prepared = road.messages(Prepare)[0][1].epoch  # type: ignore[attr-defined]
     assert prepared.endpoints == ("tcp://h:100", "tcp://h:101") and prepared.store == "127.0.0.1:1"
+
+
+def test_a_change_remembers_how_long_each_phase_took_and_hurries_while_nobody_serves() -> None:
+    road = Road(A, B)
+    road.play(road.machine.begin((), 100.0))
+    assert [message.hurries for _, message in road.messages(Prepare)] == [False, False]  # type: ignore[attr-defined]
+    road.told.clear()
+    road.silent = {2}
+    road.play(road.machine.want(Proposal(ranks=(A, B, C), why="grow"), 101.0))
+    road.silent = set()
+    road.play(road.machine.up(2, endpoints(2), 104.0))
+    phases_s = road.machine.history[-1].phases_s
+    assert phases_s["starting ranks"] == 3.0 and list(phases_s) == [phase.value for phase in Phase]
+    assert not any(message.hurries for _, message in road.messages(Prepare))  # type: ignore[attr-defined]
+    road.told.clear()
+    road.play(road.machine.lose(2, "died", 110.0))
+    assert all(message.hurries for _, message in road.messages(Prepare)) and road.messages(Prepare)  # type: ignore[attr-defined]
 
 
 def test_one_silent_rank_holds_up_a_phase_and_others_cannot_answer_for_it() -> None:
