@@ -17,7 +17,7 @@ from typing import Any
 from cluster.private_ray import forget_foreign
 from cluster.session import Session, StateFolder
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 60.0
 
 
 def session_of(port: int) -> Session:
@@ -34,12 +34,17 @@ def main() -> None:
     import ray  # reads the environment as it is now
 
     ray.init(address=session.ray_address, namespace="corral", log_to_driver=False)
-    for line in sys.stdin:
-        set_bounds(json.loads(line))
+    asyncio.run(obey())
+
+
+async def obey() -> None:
+    """In one loop, in which Serve keeps to know which router lives."""
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        await set_bounds(json.loads(line))
         print("ok", flush=True)
 
 
-def set_bounds(bounds: dict[str, Any]) -> None:
+async def set_bounds(bounds: dict[str, Any]) -> None:
     """Raises TimeoutError if no router takes them."""
     from ray import serve
     from ray.exceptions import RayError
@@ -51,9 +56,9 @@ def set_bounds(bounds: dict[str, Any]) -> None:
     ends_s = time.monotonic() + TIMEOUT_S
     while time.monotonic() < ends_s:
         try:
-            return asyncio.run(asyncio.wait_for(ask(), TIMEOUT_S / 3))
+            return await asyncio.wait_for(ask(), TIMEOUT_S / 6)
         except (RayError, RayServeException, TimeoutError):  # it was killed just now
-            time.sleep(0.5)
+            await asyncio.sleep(0.5)
     raise TimeoutError(f"no router took {bounds}")
 
 
