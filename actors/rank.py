@@ -166,32 +166,43 @@ class Rank:
     ) -> _Held:
         model = read_model_config(Path(pipeline.model))
         experts = attention = pools = None
+        laps = Laps()
         tp = make_tensor_parallel(spec.shard, self._token_shape(model, pipeline), pipeline.max_num_batched_tokens)
         if "expert" in spec.roles:
             index, of = spec.expert_shard
             experts = ExpertWorker.load(
                 model, pipeline, spec.slots, self._device, report, sources, self.keys, Shard(index=index, of=of)
             )
+            self._tell(laps, "experts")
         if "attention" in spec.roles:  # last, for its cache takes what memory is left
             attention = AttentionWorker.load(model, pipeline, self._device, report, tp)
             pools = attention.allocate_cache()
+            self._tell(laps, "attention")
         held = _Held(spec, pipeline, model, attention, experts, pools, tp)
-        self._rehearse(held)
+        self._rehearse(held, laps)
         return held
 
-    def _rehearse(self, held: _Held) -> None:
+    def _tell(self, laps: Laps, name: str) -> None:
+        """Of each part of loading as it ends: one that does not is told by its absence."""
+        laps.lap(name)
+        log.info("rank %d loads: %s", self.rank, laps)
+
+    def _rehearse(self, held: _Held, laps: Laps) -> None:
         """Whatever is compiled, captured or allocated at its first use has it now, before anybody waits for a step."""
         experts, attention, slots = held.experts, held.attention, held.spec.slots
         if experts is not None:
             experts.rehearse(held.pipeline.max_num_batched_tokens, has_tokens=attention is not None)
+            self._tell(laps, "rehearsal of experts")
         if attention is None:
             return
         attention.rehearse(experts, {layer: len(of_layer) for layer, of_layer in slots.items()})
+        self._tell(laps, "rehearsal of steps")
         every_expert = set(range(held.model.num_experts))
         if experts is not None and held.tp.size == 1 and all(every_expert <= set(of) for of in slots.values()):
             self._dispatch = self._local_dispatch(held)
             attention.start_epoch(self._dispatch)
             attention.capture()
+            self._tell(laps, "graphs")
 
     def _routing(self, model: ModelConfig, slots: dict[int, dict[int, tuple[int, ...]]]) -> RoutingTable:
         return build_routing_table(slots, model.moe_layers, model.num_experts, self._device)

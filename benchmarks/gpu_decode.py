@@ -19,7 +19,8 @@ from actors.checkpoint.config import read_model_config
 from actors.checkpoint.make_model import write_description
 from actors.checkpoint.shapes import named_shape
 from benchmarks import report
-from benchmarks.engine import Engine, Trace
+from benchmarks.engine import Engine
+from benchmarks.trace import Trace
 from benchmarks.workload import Item
 from cluster.floors import Split, decode, step_floor_s
 from cluster.footprint import Footprint, Precision
@@ -70,6 +71,7 @@ def main() -> None:
     parser.add_argument("--peer", default="{}", help='JSON: {"1": ms, ...}')
     parser.add_argument("--pipeline", default="{}", help="JSON: more pipeline keys")
     parser.add_argument("--prefill", type=int, default=0, help="also time this many prompts at once")
+    parser.add_argument("--logs", type=Path, help="a folder for ranks' logs: among others, what their start took")
     parser.add_argument("--write", default="", help="name under benchmarks/results")
     args = parser.parse_args()
     batches, peer = [int(b) for b in args.batches.split(",")], json.loads(args.peer)
@@ -86,7 +88,9 @@ def measure(args: argparse.Namespace, model: Path, batches: list[int], peer: dic
         "max_model_len": args.prompt_tokens + args.output_tokens + 64, "step_timeout_s": 60.0,
     } | json.loads(args.pipeline)  # fmt: skip
     began_s = time.monotonic()
-    with Engine(model, machines, [f"cuda:{i}" for i in range(args.gpus)], **keys) as engine:
+    if args.logs is not None:
+        args.logs.mkdir(parents=True, exist_ok=True)
+    with Engine(model, machines, [f"cuda:{i}" for i in range(args.gpus)], logs=args.logs, **keys) as engine:
         start_s = time.monotonic() - began_s
         print(f"ready after {start_s:.1f} s: {engine.pipeline.layout}", flush=True)
         engine.run(prompts(2, 64, config.vocab_size, 8))  # what is compiled at first use, is compiled here

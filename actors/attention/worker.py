@@ -140,20 +140,27 @@ class AttentionWorker:
                 self._decode.rehearse(dispatch)
             self._dispatch = dispatch
             for num_tokens in rehearsed_sizes(self._pipeline.max_num_batched_tokens):
-                self._rehearse_step(rehearsed_prompts(num_tokens, self._longest_tokens))
+                longest_tokens = min(self._longest_tokens, self._num_pages * self.cache.pools.page_tokens)
+                self._rehearse_step(rehearsed_prompts(num_tokens, longest_tokens))
             for num_rows in rehearsed_rows(self._pipeline.max_num_seqs):
                 self._rehearse_step([1] * num_rows)
         self._dispatch = None
+
+    @property
+    def _num_pages(self) -> int:
+        """That every group has which has any."""
+        assert self.cache is not None
+        pools = self.cache.pools
+        return min(pages for pages in (pools.global_pages, pools.chunked_pages) if pages)
 
     def _rehearse_step(self, lengths: Sequence[int]) -> None:
         """Computes prompts of so many tokens, as many of them as there are seats and pages for."""
         assert self.cache is not None
         pools, first_page = self.cache.pools, 0
-        num_pages = min(pages for pages in (pools.global_pages, pools.chunked_pages) if pages)
         admitted, works = [], []
         for idx, num_tokens in enumerate(lengths[: self._pipeline.max_num_seqs]):
             pages = tuple(range(first_page, first_page + -(-num_tokens // pools.page_tokens)))
-            if pages[-1] >= num_pages:
+            if pages[-1] >= self._num_pages:
                 break
             first_page = pages[-1] + 1
             admitted.append(Admission(request_idx=idx, prompt_ids=(0,) * num_tokens, output_ids=(), sampling=GREEDY))

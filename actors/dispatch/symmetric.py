@@ -12,7 +12,7 @@ it serves all steps of the same `block_rows`.
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -174,21 +174,10 @@ class SymmetricDispatch:
         """Whether graphs that captured `before` would do what this one does, if it took over: the same sources bring
         tokens, and this rank is in the same place. Both are started, and nobody was lost.
         """
-        old, new = before._exchange if isinstance(before, SymmetricDispatch) else None, self._exchange
-        if (
-            not isinstance(before, SymmetricDispatch)
-            or old is None
-            or new is None
-            or old.is_aborted
-            or old.blamed is not None
-        ):
+        if not isinstance(before, SymmetricDispatch) or before._exchange is None or self._exchange is None:
             return False
-        own = [exchange.areas.buffers[exchange.rank].data_ptr() for exchange in (old, new)]
         return (
-            own[0] == own[1]
-            and old.areas.layout == new.areas.layout
-            and (old.source, old.destination, old.timeout_s) == (new.source, new.destination, new.timeout_s)
-            and len(old.areas.bases) == len(new.areas.bases)
+            self._exchange.is_in_place_of(before._exchange)
             and before._layers == self._layers
             and before._keys_MER.shape == self._keys_MER.shape
             and not any(new and not old for new, old in zip(self._serves, before._serves, strict=True))
@@ -198,23 +187,13 @@ class SymmetricDispatch:
         """Goes on in the tables of `before`, which is over then: its graphs do what this one does. Between two steps,
         on a device that is idle.
         """
-        assert isinstance(before, SymmetricDispatch), "it can take over"
-        old, new = before._exchange, self._exchange
-        assert old is not None and new is not None, "both are started"
-        before._exchange = before._keeper = None
-        pairs = (
-            (old.areas.bases, new.areas.bases),
-            (old.source_ranks_S, new.source_ranks_S),
-            (old.destination_ranks_P, new.destination_ranks_P),
-            (old.state, new.state),
-            (before._keys_MER, self._keys_MER),
-            (before._num_replicas_ME, self._num_replicas_ME),
-        )
-        for kept, made in pairs:
-            kept.copy_(made)
+        assert isinstance(before, SymmetricDispatch) and before._exchange and self._exchange, "it can take over"
+        self._exchange = self._exchange.moved_into(before._exchange)
+        before._keys_MER.copy_(self._keys_MER)
+        before._num_replicas_ME.copy_(self._num_replicas_ME)
         self._keys_MER, self._num_replicas_ME = before._keys_MER, before._num_replicas_ME
-        self._state, self._partner_state = old.state, old.partner_state
-        self._exchange = replace(old, areas=replace(old.areas, buffers=new.areas.buffers), rank=new.rank)
+        self._state, self._partner_state = self._exchange.state, self._exchange.partner_state
+        before._exchange = before._keeper = None
         if self._shape.device.type == "cuda":
             torch.cuda.current_stream(self._shape.device).synchronize()
 

@@ -40,6 +40,7 @@ READ_BATCH_BYTES = {"cpu": 512 << 20, "cuda": 8 << 30}
 # Kernels are chosen by the number of rows, as a power of two up to that of a small placement, or per slot.
 REHEARSED_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 REHEARSED_ROWS_PER_SLOT = (8, 20, 40, 56, 64, 128, 256)
+SMALL_ROWS = 512
 PROBE_SEED = 20250405
 NO_PROOF = SlotProof(checksum=0, probe=0.0)
 
@@ -185,8 +186,9 @@ class ExpertWorker:
 
     @torch.inference_mode()
     def rehearse(self, max_rows: int, has_tokens: bool = False) -> None:
-        """Computes rows of nobody in every number that kernels are chosen by, up to `max_rows`: as peers send them, and
-        where this process `has_tokens` of its own, as these come.
+        """Computes rows of nobody in every number that kernels are chosen by, up to `max_rows`, as peers send them.
+
+        A process that `has_tokens` rehearses the small steps of these by itself: of them the others, as they come.
         """
         layer = next(iter(self._layers), None)
         if layer is None or self.device.type != "cuda":
@@ -195,12 +197,14 @@ class ExpertWorker:
         for num_rows in rehearsed_rows(max_rows, num_slots):
             x_ND = torch.zeros(num_rows, self._config.hidden_size, dtype=self._dtype, device=self.device)
             slots_N = torch.arange(num_rows, device=self.device) % num_slots
-            self(layer, x_ND, slots_N)
-            if has_tokens:
+            if not has_tokens:
+                self(layer, x_ND, slots_N)
+            elif num_rows > SMALL_ROWS:
                 num_tokens = -(-num_rows // top_k)
                 ids_TK = slots_N[:num_tokens, None].expand(num_tokens, top_k)
                 scores_TK = x_ND[:num_tokens, :top_k].contiguous()
                 self.routed(layer, x_ND[:num_tokens], ids_TK, scores_TK, torch.arange(num_slots, device=self.device))
+        torch.cuda.synchronize(self.device)
         self.take_num_rows()  # they were nobody's
 
     def free_replaced(self) -> None:

@@ -193,16 +193,17 @@ def _with_triton(
     decode_kernel[(heads.num_kv_heads, num_shares + num_rows)](
         q_BHd, pages_PSHd, table_SW, context.seats_B, context.positions_B, out_BA,
         scratch.parts, scratch.weights, scratch.num_finished,
-        None if newest is None else newest.write_slots_B, rotations, temperatures,
+        None if newest is None else newest.write_slots_B,
+        scratch.weights if rotations is None else rotations,  # a pointer that is not used, where there is none
+        scratch.weights if temperatures is None else temperatures,
         q_BHd.stride(0), pages_PSHd.stride(0), pages_PSHd.stride(1), table_SW.stride(0), table_SW.shape[1],
         out_BA.stride(0), 0 if rotations is None else rotations.stride(0), num_rows, num_shares, context.chunk_tokens,
-        _LOG2_E / math.sqrt(heads.head_dim), 0.0 if heads.qk_norm_eps is None else heads.qk_norm_eps,
+        int(rotations is not None), int(rotations is None and temperatures is not None), _LOG2_E / math.sqrt(heads.head_dim), 0.0 if heads.qk_norm_eps is None else heads.qk_norm_eps,
         PAGE_TOKENS=context.table.page_tokens, NUM_KV_HEADS=heads.num_kv_heads, GROUP=heads.queries_per_kv,
         GROUP_BLOCK=max(16, triton.next_power_of_2(heads.queries_per_kv + 1)), HEAD_DIM=heads.head_dim, KEYS=tile.keys,
         LEAST_TILES=max(1, tile.least_keys // tile.keys), ROWS_BLOCK=rows_block, FEW=rows_block <= _FEW_ROWS,
         JOIN_GROUP=join_group, JOIN_PIECES=max(2, _JOINED_OF_THREAD * 32 * tile.warps // (join_group * heads.head_dim)),
         PRECISION="ieee" if q_BHd.dtype == torch.float32 else "tf32",
-        STORES=newest is not None, ROTATES=rotations is not None, NORMS=heads.qk_norm_eps is not None,
-        TEMPERS=rotations is None and temperatures is not None, num_warps=tile.warps, num_stages=tile.stages,
+        STORES=newest is not None, NORMS=heads.qk_norm_eps is not None, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out_BA

@@ -53,15 +53,15 @@ def _join(
     tl.store(at, (joined_Jd / sum_J[:, None]).to(out_at.dtype.element_ty), mask=is_joined[:, None])
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_shares", "chunk_tokens"])
+@triton.jit(do_not_specialize=["num_rows", "num_shares", "chunk_tokens", "rotations_stride", "rotates", "tempers"])
 def decode_kernel(
     q, pages, table, seats, positions, out, parts, weights, num_finished, write_slots, rotations, temperatures,
     q_stride, page_stride, slot_stride, table_stride, table_width, out_stride, rotations_stride,
-    num_rows, num_shares, chunk_tokens, scale, eps,
+    num_rows, num_shares, chunk_tokens, rotates, tempers, scale, eps,
     PAGE_TOKENS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr, KEYS: tl.constexpr, LEAST_TILES: tl.constexpr, ROWS_BLOCK: tl.constexpr,
     FEW: tl.constexpr, JOIN_GROUP: tl.constexpr, JOIN_PIECES: tl.constexpr, PRECISION: tl.constexpr,
-    STORES: tl.constexpr, ROTATES: tl.constexpr, NORMS: tl.constexpr, TEMPERS: tl.constexpr,
+    STORES: tl.constexpr, NORMS: tl.constexpr,
 ):  # fmt: skip
     """STORES: `q` has rows of queries, keys and values as a projection left them; they are made ready here, and those
     of a row's newest token stored by its last piece. Else they are ready, and the newest key is in the cache.
@@ -138,9 +138,9 @@ def decode_kernel(
     third_page_N = _pages_of(table_row, low + 2 * KEYS + lane, high, first_column, table_width, PAGE_TOKENS)
     if STORES:
         # The newest token's key and value are here: its row's last piece begins with them, and stores them.
-        if ROTATES:
+        if rotates != 0:
             q_Gd = turned(q_Gd, rotations + row.to(tl.int64) * rotations_stride, eps, GROUP_BLOCK, HEAD_DIM, NORMS)
-        elif TEMPERS:
+        if tempers != 0:
             warm_Gd = q_Gd.to(tl.float32) * tl.load(temperatures + row)
             q_Gd = tl.where(is_query, warm_Gd.to(q_Gd.dtype), q_Gd)
         is_last = piece - first_piece == num_pieces - 1

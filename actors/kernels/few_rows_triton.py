@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from actors.kernels.grouped_triton import (
-    FP8,
     GROUP,
     GROUP_WORDS,
     INT4,
@@ -26,7 +25,7 @@ from actors.kernels.grouped_triton import (
     weight_rows,
     write_features,
 )
-from actors.kernels.quantize_triton import TRITON_DTYPES, quantized, scale_for
+from actors.kernels.quantize_triton import TRITON_DTYPES
 
 LEAST_O = tl.constexpr(16)  # outputs of one product of tensor cores
 
@@ -52,28 +51,18 @@ def raise_of_rows(x, WARPS: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_T: tl.con
     return base
 
 
-@triton.jit
-def scales_of_rows(peaks_ptr, rows_t, end, num_rows, num_peaks, PEAKS: tl.constexpr):
-    """Scales of rows whose largest numbers lie in parts [num_peaks, num_rows]."""
-    part = tl.arange(0, PEAKS)
-    mask = (part < num_peaks)[:, None] & (rows_t < end)[None, :]
-    peaks = tl.load(peaks_ptr + part[:, None] * num_rows + rows_t[None, :], mask=mask, other=0.0)
-    return scale_for(tl.max(peaks, 0))
-
-
 @triton.jit(do_not_specialize=["num_rows", "tiles_o"])
 def few_rows_kernel(
-    x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, counts_ptr, peaks_ptr, y_ptr,
-    num_rows, num_slots, outputs, inputs, stored_inputs, tiles_o, num_peaks,
+    x_ptr, w_ptr, w_scale_ptr, counts_ptr, y_ptr,
+    num_rows, num_slots, outputs, inputs, stored_inputs, tiles_o,
     FORM: tl.constexpr, SWIGLU: tl.constexpr, SINGLE: tl.constexpr, WORD_ORDER: tl.constexpr, IN_ASM: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, WARPS: tl.constexpr, SPLIT: tl.constexpr,
-    SLOTS: tl.constexpr, EVEN_I: tl.constexpr, ROUND: tl.constexpr, PEAKS: tl.constexpr,
+    SLOTS: tl.constexpr, EVEN_I: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """A program computes BLOCK_O outputs of BLOCK_T rows of one slot over 1/SPLIT of the inputs; in a step each warp
     takes BLOCK_I of them.
 
-    INT4: BLOCK_I is a group. With PEAKS (FP8 only) SwiGLU also writes each tile's largest numbers, [tiles_o, N], and
-    the matmul after it quantizes rows by them, PEAKS at most, instead of by `x_scale`. Else as `grouped_kernel`.
+    Weights are plain or INT4, of which BLOCK_I is a group. Else as `grouped_kernel`.
     """
     pid = tl.program_id(0)
     tile_o = pid % tiles_o
@@ -88,12 +77,7 @@ def few_rows_kernel(
             return
     slot = tl.cast(slot, tl.int64)
     rows_o = weight_rows(tile_o, outputs, SWIGLU, BLOCK_O)
-    QUANTIZES: tl.constexpr = PEAKS > 0 and not SWIGLU
     rows_t = begin + tl.arange(0, BLOCK_T)
-    if QUANTIZES:
-        x_scale = scales_of_rows(peaks_ptr, rows_t, end, num_rows, num_peaks, PEAKS)
-    elif FORM == FP8:
-        x_scale = tl.load(x_scale_ptr + rows_t, mask=rows_t < end, other=0.0)
     here = (rows_t < end)[None, None, :]
     w_rows = w_ptr + slot * outputs * stored_inputs + rows_o[None, :, None] * stored_inputs
     x_rows = x_ptr + rows_t[None, None, :].to(tl.int64) * inputs
@@ -126,19 +110,11 @@ def few_rows_kernel(
             else:
                 w = tl.load(w_rows + at[:, None, :], mask=(at < inputs)[:, None, :], other=0.0)
                 x = tl.load(x_rows + at[:, :, None], mask=(at < inputs)[:, :, None] & here, other=0.0)
-            if QUANTIZES:
-                x = quantized(x.to(tl.float32), x_scale[None, None, :])
             acc = tl.dot(w, x, acc, input_precision="ieee")
     acc = tl.sum(acc, 0)
-    if FORM == FP8:
-        w_scale = tl.load(w_scale_ptr + slot * outputs + rows_o)
-        acc = acc * w_scale[:, None] * x_scale[None, :]
     tokens = rows_t.to(tl.int64)
     if SWIGLU:
         acc = gated(acc, ROUND, BLOCK_O, BLOCK_T)
-        if PEAKS > 0:
-            peak = tl.max(tl.abs(acc.to(tl.float32)), 0)
-            tl.store(peaks_ptr + tile_o.to(tl.int64) * num_rows + tokens, peak, mask=tokens < end)
     num_features = outputs // 2 if SWIGLU else outputs
     FEATURES: tl.constexpr = BLOCK_O // 2 if SWIGLU else BLOCK_O
     y_part = y_ptr + split * num_rows.to(tl.int64) * outputs
@@ -161,29 +137,24 @@ class FewRowsTiles:
 
 
 def launch_few_rows(
-    x_NI: Tensor, x_scale_N1: Tensor | None, weight_SOW: Tensor, scale: Tensor | None, counts_S: Tensor | None,
-    y_PNO: Tensor, form: int, tiles: FewRowsTiles,
-    *, swiglu: bool = False, word_order: bool = False, peaks_PN: Tensor | None = None,
+    x_NI: Tensor, weight_SOW: Tensor, scale: Tensor | None, counts_S: Tensor | None, y_PNO: Tensor, form: int,
+    tiles: FewRowsTiles, *, swiglu: bool = False, word_order: bool = False,
 ) -> None:  # fmt: skip
     """Writes the rows that `counts_S` counts (all if it is None: one slot) of `y_PNO` [split, N, O].
 
     INT4: `tiles.inputs` is 128, and the inputs are a multiple of that for every warp. With SwiGLU there is one part.
-    FP8: `peaks_PN`, fp32 with a row for each tile of outputs, is written with SwiGLU; without, x is not quantized yet,
-    and they say by what it is.
     """
     num_rows, inputs = x_NI.shape
     num_slots, outputs, stored_inputs = weight_SOW.shape
     tiles_o = triton.cdiv(outputs, tiles.outputs)
     tiles_t = count_row_tiles(num_rows, num_slots, tiles.rows, counts_S)
-    num_peaks = 0 if peaks_PN is None else peaks_PN.shape[0]
     few_rows_kernel[(tiles_o * tiles_t, tiles.split)](
-        x_NI, x_scale_N1, weight_SOW, scale, counts_S, peaks_PN, y_PNO,
-        num_rows, num_slots, outputs, inputs, stored_inputs, tiles_o, num_peaks,
+        x_NI, weight_SOW, scale, counts_S, y_PNO,
+        num_rows, num_slots, outputs, inputs, stored_inputs, tiles_o,
         FORM=form, SWIGLU=swiglu, SINGLE=counts_S is None, WORD_ORDER=word_order,
         IN_ASM=x_NI.is_cuda and x_NI.dtype == torch.bfloat16,
         BLOCK_O=tiles.outputs, BLOCK_T=tiles.rows, BLOCK_I=tiles.inputs, WARPS=tiles.warps, SPLIT=tiles.split,
         SLOTS=triton.next_power_of_2(num_slots), EVEN_I=inputs % (tiles.inputs * tiles.warps) == 0,
         ROUND=TRITON_DTYPES.get(y_PNO.dtype if swiglu else torch.float32),
-        PEAKS=triton.next_power_of_2(num_peaks) if num_peaks else 0,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip

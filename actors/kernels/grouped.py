@@ -26,6 +26,7 @@ STREAMING_ROWS_PER_SLOT = 64  # below, a step reads weights and little else
 FBGEMM_ROWS_PER_SLOT = 256  # from here its grouped FP8 kernel is ahead of torch's
 MAX_SLICE_NUMBERS = 1 << 25  # of a weight: a part of an expert, for which these two limits are others (FP8)
 SLICE_STREAMING_ROWS_PER_SLOT, SLICE_FBGEMM_ROWS_PER_SLOT = 96, 96
+LEAST_FBGEMM_ROWS, MANY_OUTPUTS = 9, 16384  # with fewer rows and as many outputs Triton is ahead of its dense one
 _FBGEMM_OPS = ("f8f8bf16_rowwise_grouped_stacked", "f8f8bf16_rowwise")
 
 
@@ -42,7 +43,7 @@ def grouped_linear(x: PlacedRows, weight_SOI: Tensor, scale: Tensor | None, engi
     """
     engine = engine or choose_engine(x, weight_SOI)
     if engine == "triton":
-        return _with_triton(x, weight_SOI, scale, swiglu=False)[0]
+        return _with_triton(x, weight_SOI, scale, swiglu=False)
     if engine == "reference":
         return _slot_by_slot(x, weight_SOI, scale)[None]
     if form_of(weight_SOI) == "fp8":
@@ -60,11 +61,9 @@ def grouped_swiglu(x: PlacedRows, weight_SNI: Tensor, scale: Tensor | None, engi
     `weight_SNI`: [S, 2F, I] in one of the forms of `grouped_linear`, the gate's outputs first.
     """
     form, placement = form_of(weight_SNI), x.placement
-    is_chosen = engine is None
     engine = engine or choose_engine(x, weight_SNI, swiglu=True)
-    if engine == "triton" and (form != "fp8" or (is_chosen and _few_rows_tiles(x, weight_SNI, swiglu=True))):
-        y_PNF, peaks_PN = _with_triton(x, weight_SNI, scale, swiglu=True)
-        return PlacedRows(y_PNF[0], None, placement, x.dtype, peaks_PN)
+    if engine == "triton" and form != "fp8":
+        return PlacedRows(_with_triton(x, weight_SNI, scale, swiglu=True)[0], None, placement, x.dtype)
     gate_up_PNF = grouped_linear(x, weight_SNI, scale, engine)
     ends_S = None if placement is None else placement.ends_S
     if form == "fp8":
@@ -86,7 +85,10 @@ def choose_engine(x: PlacedRows, weight_SOI: Tensor, *, swiglu: bool = False) ->
     streaming_rows = SLICE_STREAMING_ROWS_PER_SLOT if is_slice else STREAMING_ROWS_PER_SLOT
     fbgemm_rows = SLICE_FBGEMM_ROWS_PER_SLOT if is_slice else FBGEMM_ROWS_PER_SLOT
     is_streaming = num_rows < streaming_rows * num_slots
-    is_for_fbgemm = is_streaming if x.placement is None else num_rows >= fbgemm_rows * num_slots
+    if x.placement is None:
+        is_for_fbgemm = is_streaming and (num_rows >= LEAST_FBGEMM_ROWS or weight_SOI.shape[1] < MANY_OUTPUTS)
+    else:
+        is_for_fbgemm = num_rows >= fbgemm_rows * num_slots
     if form == "fp8" and in_blocks and is_for_fbgemm and all(map(has, _FBGEMM_OPS)):
         return "fbgemm"
     if form != "int4" and in_blocks and (not is_streaming or (form == "plain" and x.placement is None)):
@@ -103,10 +105,7 @@ def _few_rows_tiles(x: PlacedRows, weight_SOI: Tensor, *, swiglu: bool) -> "FewR
     return choose_few_rows(form_of(weight_SOI), num_rows, inputs, outputs, swiglu=swiglu, is_single=is_single)
 
 
-def _with_triton(
-    x: PlacedRows, weight_SOI: Tensor, scale: Tensor | None, *, swiglu: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Parts [P, N, O], and peaks of rows that are not quantized yet."""
+def _with_triton(x: PlacedRows, weight_SOI: Tensor, scale: Tensor | None, *, swiglu: bool) -> Tensor:
     from actors.kernels.few_rows_triton import launch_few_rows
     from actors.kernels.grouped_tiles import choose_tiles
     from actors.kernels.grouped_triton import Tiles, launch_grouped
@@ -118,22 +117,18 @@ def _with_triton(
     if isinstance(few, OneRowTiles):
         y_1NO = torch.empty(1, 1, features, dtype=x.dtype, device=device)
         launch_one_row(x.x_ND, weight_SOI[0], y_1NO[0], few, swiglu=swiglu)
-        return y_1NO, None
+        return y_1NO
     tiles = few or choose_tiles(form, num_rows, inputs, num_slots, outputs, swiglu=swiglu)
     dtype = torch.float32 if tiles.split > 1 else x.dtype
     y_PNO = torch.empty(tiles.split, num_rows, features, dtype=dtype, device=device)
     counts_S = None if x.placement is None else x.placement.counts_S
-    arguments = x.x_ND, x.scale_N1, weight_SOI, scale, counts_S, y_PNO, _FORMS[form]
+    weights = weight_SOI, scale, counts_S, y_PNO, _FORMS[form]
     word_order = swiglu and form == "int4"
     if isinstance(tiles, Tiles):
-        assert x.peaks_PN is None, "rows that are not quantized yet are for the kernel of few rows"
-        launch_grouped(*arguments, tiles, swiglu=swiglu, word_order=word_order)
-        return y_PNO, None
-    peaks_PN = x.peaks_PN
-    if swiglu and form == "fp8":
-        peaks_PN = torch.empty(-(-outputs // tiles.outputs), num_rows, dtype=torch.float32, device=device)
-    launch_few_rows(*arguments, tiles, swiglu=swiglu, word_order=word_order, peaks_PN=peaks_PN)
-    return y_PNO, peaks_PN if swiglu else None
+        launch_grouped(x.x_ND, x.scale_N1, *weights, tiles, swiglu=swiglu, word_order=word_order)
+    else:
+        launch_few_rows(x.x_ND, *weights, tiles, swiglu=swiglu, word_order=word_order)
+    return y_PNO
 
 
 def _fp8_in_library(

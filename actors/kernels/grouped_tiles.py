@@ -14,7 +14,6 @@ MIN_PROGRAMS = 264  # two for each multiprocessor of an H200
 MAX_SPLIT_ROWS = 4  # of FP8
 SLICE_STREAMING_ROWS = 96  # per slot: tiles of 64 rows are ahead of torch's kernel on slices of experts
 MAX_FEW_INT4_ROWS, MAX_FEW_INT4_ROWS_OF_ONE_SLOT = 64, 16
-MAX_FEW_FP8_ROWS = 0
 MAX_FEW_PLAIN_ROWS = 8
 
 
@@ -53,13 +52,9 @@ def choose_few_rows(
             return FewRowsTiles(outputs=32, rows=16, inputs=128, warps=4, stages=3)
         if swiglu:
             return FewRowsTiles(outputs=64, rows=8, inputs=128, warps=4 if num_rows == 1 else 2, stages=3)
-        split = 4 if num_rows * outputs < MIN_PROGRAMS * 128 and inputs % 2048 == 0 else 1
+        split = 4 if num_rows == 1 and inputs % 2048 == 0 else 1  # one row has too few programs
         return FewRowsTiles(outputs=64, rows=8, inputs=128, warps=4, stages=3, split=split)
-    if form == "fp8":
-        if num_rows > MAX_FEW_FP8_ROWS:
-            return None
-        return FewRowsTiles(outputs=64 if swiglu else 32, rows=8, inputs=128, warps=4, stages=4)
-    if not is_single or num_rows > MAX_FEW_PLAIN_ROWS:
+    if form == "fp8" or not is_single or num_rows > MAX_FEW_PLAIN_ROWS:
         return None
     if num_rows == 1:
         step = next(step for step in (1024, 512, 256) if inputs % step == 0 or step == 256)

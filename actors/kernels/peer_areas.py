@@ -7,7 +7,7 @@ Sources are the ranks that bring tokens, destinations those that hold experts, b
 Every layer of every step has a sequence number, the same on all ranks; a flag says that its row is there by holding it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -149,6 +149,31 @@ class Exchange:
     def abort(self) -> None:
         """Ends all waits, those on the device within milliseconds. From any thread; for good."""
         self.host[ABORT] = 1
+
+    def is_in_place_of(self, old: "Exchange") -> bool:
+        """Whether what was captured with `old` means the same here: this rank's memory, its place and all offsets are
+        the same, and `old` was not given up.
+        """
+        own, before = (e.areas.buffers[e.rank].data_ptr() for e in (self, old))
+        return (
+            own == before
+            and self.areas.layout == old.areas.layout
+            and len(self.areas.bases) == len(old.areas.bases)
+            and (self.source, self.destination, self.timeout_s) == (old.source, old.destination, old.timeout_s)
+            and not old.is_aborted
+            and old.blamed is None
+        )
+
+    def moved_into(self, old: "Exchange") -> "Exchange":
+        """This one in the tables of `old`, which say from now on what its own say: on the current stream."""
+        for kept, made in (
+            (old.areas.bases, self.areas.bases),
+            (old.source_ranks_S, self.source_ranks_S),
+            (old.destination_ranks_P, self.destination_ranks_P),
+            (old.state, self.state),
+        ):
+            kept.copy_(made)
+        return replace(old, areas=replace(old.areas, buffers=self.areas.buffers), rank=self.rank)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -201,9 +201,9 @@ def gather_columns(peers: PeerSums, x_BV: Tensor) -> Tensor:
     for first in range(0, x_BV.shape[0], step):
         rows_BV, into_BV = x_BV[first : first + step], out_BV[first : first + step]
         if x_BV.is_cuda and HAS_TRITON:
-            from actors.kernels import peer_sums_triton
+            from actors.kernels import peer_columns_triton
 
-            peer_sums_triton.gather(peers, rows_BV, into_BV)
+            peer_columns_triton.gather(peers, rows_BV, into_BV)
         else:
             _gather(peers, rows_BV, into_BV)
     return out_BV
@@ -217,9 +217,9 @@ def largest_columns(peers: PeerSums, x_BV: Tensor) -> tuple[Tensor, Tensor]:
     if not 0 < x_BV.shape[0] <= peers.max_rows:
         raise ValueError(f"{x_BV.shape[0]} rows do not fit an area of {peers.max_rows}")
     if x_BV.is_cuda and HAS_TRITON:
-        from actors.kernels import peer_sums_triton
+        from actors.kernels import peer_columns_triton
 
-        return peer_sums_triton.largest_columns(peers, x_BV)
+        return peer_columns_triton.largest_columns(peers, x_BV)
     values_B, columns_B = largest(x_BV)
     mine_B2 = torch.stack((values_B.view(torch.int32), columns_B.int()), dim=1)
     of_all_BW2 = gather_columns(peers, mine_B2).unflatten(1, (peers.layout.world, 2))

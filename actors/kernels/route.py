@@ -41,15 +41,13 @@ class PlacedRows:
     """Rows [N, D] in their places, in the form that weights want; `scale_N1` with FP8 only.
 
     Rows from `placement.ends_S[-1]` on are undefined. Without a placement all rows go to the one slot that there is.
-    `dtype` is what results are rounded to. Rows for FP8 with `peaks_PN`, whose largest number over P is that of the
-    row, are in `dtype` still: the matmul that reads them quantizes them.
+    `dtype` is what results are rounded to.
     """
 
     x_ND: Tensor
     scale_N1: Tensor | None
     placement: Placement | None
     dtype: torch.dtype
-    peaks_PN: Tensor | None = None
 
 
 class GateScratch:

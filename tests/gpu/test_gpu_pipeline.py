@@ -68,6 +68,26 @@ def test_two_gpus_give_the_tokens_of_the_cpu(
 
 @pytest.mark.gpu(devices=2)
 @pytest.mark.timeout(300)
+def test_long_prompts_in_parts_give_the_tokens_of_the_cpu(checkpoint: Path) -> None:
+    """A step of 8,000 tokens and one of the rest, among single rows: sums of some rows run beside the others'."""
+    items = [Item([RNG.randrange(VOCAB) for _ in range(n)], 6) for n in (5, 3000, 2500, 2500, 1900)]
+    pipelines: list[tuple[str, list[str], dict[str, Any]]] = [
+        ("cpu", ["cpu"], {"layout": "single", "threads_per_rank": 4}),
+        ("2xH200", ["cuda:0", "cuda:1"], {"layout": "colocated", "attention_tp": 2}),
+    ]
+    tokens = []
+    for machines, devices, keys in pipelines:
+        with Engine(checkpoint, parse_machines(machines), devices, dtype="float32", max_model_len=4096,
+                    max_num_batched_tokens=8000, kv_cache_bytes=64 << 20, step_timeout_s=60.0,
+                    **keys) as engine:  # fmt: skip
+            traces = engine.run(items)
+        assert not [trace.problem for trace in traces if trace.problem]
+        tokens.append([trace.token_ids for trace in traces])
+    assert tokens[0] == tokens[1]
+
+
+@pytest.mark.gpu(devices=2)
+@pytest.mark.timeout(300)
 def test_steps_in_halves_give_the_tokens_of_whole_steps(checkpoint: Path) -> None:
     """More requests at once than a step may have before it is divided."""
     items = ITEMS * 4

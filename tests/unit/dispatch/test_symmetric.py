@@ -242,6 +242,9 @@ def test_graphs_go_on_when_an_expert_rank_comes() -> None:
         dispatch.take_over(of_old)
         of_old.close()
     assert tables == [address for dispatch in new[:3] for address in addresses_of(dispatch)]
+    for dispatch in new:
+        areas = dispatch._active.areas
+        assert areas.bases[:4].tolist() == [buffer.data_ptr() for buffer in areas.buffers], "what kernels read"
 
     def work(rank: int, dispatch: SymmetricDispatch) -> None:
         for step in steps:

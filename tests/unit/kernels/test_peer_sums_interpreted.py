@@ -114,11 +114,11 @@ def check_gather(dtype: torch.dtype) -> None:
 
 
 def check_columns(ranks: list[PeerSums], x: Tensor) -> None:
-    from actors.kernels import peer_sums_triton
+    from actors.kernels import peer_columns_triton
 
     def gather(peers: PeerSums) -> Tensor:
         out = torch.empty(x.shape[1], WORLD * x.shape[2], dtype=x.dtype)
-        peer_sums_triton.gather(peers, x[peers.rank], out)
+        peer_columns_triton.gather(peers, x[peers.rank], out)
         return out
 
     for each in run(ranks, gather):
@@ -127,7 +127,7 @@ def check_columns(ranks: list[PeerSums], x: Tensor) -> None:
 
 def check_largest() -> None:
     """Ties, numbers that are none, and rows that do not fill a block."""
-    from actors.kernels import peer_sums_triton
+    from actors.kernels import peer_columns_triton
     from actors.kernels.largest_triton import launch_largest
 
     x = torch.randn(WORLD, 4, 70)
@@ -139,7 +139,7 @@ def check_largest() -> None:
     results: list[Tensor] = []
 
     def choose(peers: PeerSums) -> Tensor:
-        results[:] = peer_sums_triton.largest_columns(peers, x[peers.rank])
+        results[:] = peer_columns_triton.largest_columns(peers, x[peers.rank])
         return torch.stack((results[0].double(), results[1].double()))
 
     for whole_rows in (4, 8):  # through the area of slices, and of whole rows
