@@ -17,10 +17,11 @@ from actors.kernels.heads import Heads, store_heads
 from actors.kernels.triton_here import HAS_TRITON
 
 MOST_FUSED = 96  # rows times kv heads of `store_and_attend` in one launch; from about there on two take less time
-_ROW_BLOCKS = (1, 16, 256, 1024)  # compiled forms: rows whose lengths every program reads, to find its own work
+_ROW_BLOCKS = (16, 256, 1024)  # compiled forms: rows whose lengths every program reads, to find its own work
 _FEW_ROWS = 16  # whose seats are read along, before it is known which one is wanted
 MAX_ROWS = _ROW_BLOCKS[-1]
-_JOINED_OF_THREAD = 64  # numbers that a thread of a program that joins reads at once
+_JOINED_VALUES, _JOINED_OF_THREAD = 8192, 64  # read at once by a program that joins, and by each of its threads
+_MOST_UNROLLED = 8
 _LOG2_E = 1.4426950408889634
 
 
@@ -144,24 +145,30 @@ class Tile:
 
 # By rows times kv heads. On an H200 in bf16, head_dim 128, contexts of 1,024, each line took so many microseconds where
 # it is chosen, and Tile(keys=64, warps=4, stages=3) those in brackets.
+_FUSED_TILES = (
+    (8, Tile(keys=64, warps=4, stages=2, least_keys=64)),  # 2 kv heads: 1 row 8.0, where two launches took 10.8
+    (32, Tile(keys=128, warps=4, stages=2, per_sm=1)),  # 2 kv heads: 8 rows 9.6 (13.4)
+    (MOST_FUSED, Tile(keys=64, warps=2, stages=3)),  # 2 kv heads: 32 rows 18.4 (20.2); 8 kv heads: 8 rows 17.7 (19.4)
+)
 _TILES = (
-    (8, Tile(keys=64, warps=4, stages=2, least_keys=64)),
-    (32, Tile(keys=128, warps=4, stages=2, per_sm=1)),
     (128, Tile(keys=64, warps=2, stages=3)),  # 8 kv heads: 1 row 10.4 (11.2), 8: 17.6 (20.2); 2: 32 rows 18.1 (21.0)
     (384, Tile(keys=64, warps=8, stages=3)),  # 8 kv heads: 32 rows 39.6 (43.2), and of 2,048 tokens 71.0 (76.8)
     (768, Tile(keys=128, warps=4, stages=2, per_sm=3)),  # 2 kv heads: 256 rows 75.2 (87.2)
     (1 << 62, Tile(keys=64, warps=4, stages=3, per_sm=3)),  # 8 kv heads: 128 rows 140.2 (140.8), 256: 266.2 (268.5)
 )
-MOST_PER_SM = max(tile.per_sm for _, tile in _TILES)
+MOST_PER_SM = max(tile.per_sm for _, tile in _FUSED_TILES + _TILES)
 
 
-def choose_tile(num_rows: int, heads: Heads, dtype: torch.dtype, cache_dtype: torch.dtype) -> Tile:
+def choose_tile(
+    num_rows: int, heads: Heads, dtype: torch.dtype, cache_dtype: torch.dtype, is_fused: bool = False
+) -> Tile:
     """Fixed by measurement, never tuned while serving."""
     if dtype == torch.float32:
         return Tile(keys=32, warps=4, stages=2)
     if cache_dtype.itemsize == 1:
         return Tile(keys=64, warps=4, stages=4)
-    return next(tile for most, tile in _TILES if num_rows * heads.num_kv_heads <= most)
+    tiles = _FUSED_TILES if is_fused else _TILES
+    return next(tile for most, tile in tiles if num_rows * heads.num_kv_heads <= most)
 
 
 def _with_triton(
@@ -183,13 +190,17 @@ def _with_triton(
     if not num_rows:
         return out_BA
     if tile is None:
-        tile = choose_tile(num_rows, heads, q_BHd.dtype, pages_PSHd.dtype)
+        tile = choose_tile(num_rows, heads, q_BHd.dtype, pages_PSHd.dtype, newest is not None)
     num_shares = scratch.num_shares(tile.per_sm)
     table_SW = context.table.pages_SW
     rotations = None if newest is None else newest.rotations_BR2
     temperatures = None if newest is None else newest.temperatures_B
     join_group = triton.next_power_of_2(heads.queries_per_kv)
-    rows_block = next(block for block in _ROW_BLOCKS if block >= num_rows)
+    pieces = _JOINED_VALUES // (join_group * heads.head_dim)
+    if newest is not None:  # unrolled, and so no more than the compiler does soon
+        pieces = min(_MOST_UNROLLED, _JOINED_OF_THREAD * 32 * tile.warps // (join_group * heads.head_dim))
+    blocks = _ROW_BLOCKS if newest is None else (1, *_ROW_BLOCKS)  # a form less to compile, where it matters less
+    rows_block = next(block for block in blocks if block >= num_rows)
     decode_kernel[(heads.num_kv_heads, num_shares + num_rows)](
         q_BHd, pages_PSHd, table_SW, context.seats_B, context.positions_B, out_BA,
         scratch.parts, scratch.weights, scratch.num_finished,
@@ -203,7 +214,7 @@ def _with_triton(
         PAGE_TOKENS=context.table.page_tokens, NUM_KV_HEADS=heads.num_kv_heads, GROUP=heads.queries_per_kv,
         GROUP_BLOCK=max(16, triton.next_power_of_2(heads.queries_per_kv + 1)), HEAD_DIM=heads.head_dim, KEYS=tile.keys,
         LEAST_TILES=max(1, tile.least_keys // tile.keys), ROWS_BLOCK=rows_block, FEW=rows_block <= _FEW_ROWS,
-        JOIN_GROUP=join_group, JOIN_PIECES=max(2, _JOINED_OF_THREAD * 32 * tile.warps // (join_group * heads.head_dim)),
+        JOIN_GROUP=join_group, JOIN_PIECES=max(2, pieces),
         PRECISION="ieee" if q_BHd.dtype == torch.float32 else "tf32",
         STORES=newest is not None, NORMS=heads.qk_norm_eps is not None, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

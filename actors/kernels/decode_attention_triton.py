@@ -16,7 +16,39 @@ from actors.kernels.heads_triton import as_kept, turned
 def _pages_of(table_row, n, high, first_column, table_width, PAGE_TOKENS: tl.constexpr):
     column = first_column + n // PAGE_TOKENS
     column = tl.where(column >= table_width, column - table_width, column)
-    return tl.load(table_row + column, mask=n < high, other=0)
+    return tl.load(table_row + column, mask=n < high, other=0).to(tl.int64)
+
+
+@triton.jit
+def _join_at_once(
+    out_at, parts, weights, first, num_pieces, piece_stride,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, JOIN_GROUP: tl.constexpr, JOIN_PIECES: tl.constexpr,
+):  # fmt: skip
+    """As `_join`, with JOIN_PIECES in one tensor. That takes a microsecond more, but also as many registers as the loop
+    over keys needs to begin its next loads early (H200, 256 rows: 75.7 us, and 82.2 with `_join`).
+    """
+    j = tl.arange(0, JOIN_GROUP)
+    dims = tl.arange(0, HEAD_DIM)
+    is_joined = j < GROUP
+    peak_J = tl.full((JOIN_GROUP,), float("-inf"), tl.float32)
+    sum_J = tl.zeros((JOIN_GROUP,), tl.float32)
+    joined_Jd = tl.zeros((JOIN_GROUP, HEAD_DIM), tl.float32)
+    for done in tl.range(0, num_pieces, JOIN_PIECES, num_stages=1):
+        s = done + tl.arange(0, JOIN_PIECES)
+        is_there = (s < num_pieces)[:, None]
+        theirs = first + s[:, None] * piece_stride + j[None, :]
+        mask = is_there & is_joined[None, :]
+        at_SJd = parts + theirs[:, :, None].to(tl.int64) * HEAD_DIM + dims[None, None, :]
+        part_SJd = tl.load(at_SJd, mask=mask[:, :, None], other=0.0)
+        log_SJ = tl.where(is_there, tl.load(weights + theirs, mask=mask, other=0.0), float("-inf"))
+        new_peak_J = tl.maximum(peak_J, tl.max(log_SJ, axis=0))
+        weight_SJ = tl.exp2(log_SJ - new_peak_J[None, :])
+        shrink_J = tl.exp2(peak_J - new_peak_J)
+        sum_J = sum_J * shrink_J + tl.sum(weight_SJ, axis=0)
+        joined_Jd = joined_Jd * shrink_J[:, None] + tl.sum(part_SJd * weight_SJ[:, :, None], axis=0)
+        peak_J = new_peak_J
+    at = out_at + j[:, None] * HEAD_DIM + dims[None, :]
+    tl.store(at, (joined_Jd / sum_J[:, None]).to(out_at.dtype.element_ty), mask=is_joined[:, None])
 
 
 @triton.jit
@@ -130,12 +162,7 @@ def decode_kernel(
     sum_Gd = tl.zeros((GROUP_BLOCK, HEAD_DIM), tl.float32)
     if STORES:
         high = tl.minimum(high, num_keys - 1)
-    # Three tiles ahead, since keys and values are loaded ahead themselves: no address waits for the table then. What an
-    # iteration passes on as it is keeps the compiler from loading ahead, so zero, no constant to it, is added.
-    zero = tl.minimum(seat, 0)
     page_N = _pages_of(table_row, low + lane, high, first_column, table_width, PAGE_TOKENS)
-    next_page_N = _pages_of(table_row, low + KEYS + lane, high, first_column, table_width, PAGE_TOKENS)
-    third_page_N = _pages_of(table_row, low + 2 * KEYS + lane, high, first_column, table_width, PAGE_TOKENS)
     if STORES:
         # The newest token's key and value are here: its row's last piece begins with them, and stores them.
         if rotates != 0:
@@ -158,12 +185,12 @@ def decode_kernel(
     for tile in range(low, high, KEYS):
         n = tile + lane
         is_key = n < high
-        at = keys + page_N.to(tl.int64) * page_stride + (n % PAGE_TOKENS) * slot_stride
+        at = keys + page_N * page_stride + (n % PAGE_TOKENS) * slot_stride
         k_Nd = tl.load(at[:, None] + dims[None, :], mask=is_key[:, None], other=0.0).to(q_Gd.dtype)
         # Masked, for what a page's last owner left may not be finite, and 0 * NaN is NaN.
         v_Nd = tl.load(at[:, None] + values_offset + dims[None, :], mask=is_key[:, None], other=0.0)
-        page_N, next_page_N = next_page_N + zero, third_page_N + zero
-        third_page_N = _pages_of(table_row, n + 3 * KEYS, high, first_column, table_width, PAGE_TOKENS)
+        # A tile ahead, so that the loads of keys and values never wait for one another's addresses.
+        page_N = _pages_of(table_row, n + KEYS, high, first_column, table_width, PAGE_TOKENS)
         scores_GN = tl.dot(q_Gd, tl.trans(k_Nd), input_precision=PRECISION) * scale
         scores_GN = tl.where(is_key[None, :], scores_GN, float("-inf"))
         new_peak_G = tl.maximum(peak_G, tl.max(scores_GN, axis=1))
@@ -189,4 +216,7 @@ def decode_kernel(
         tl.store(counter, 0)
         first = (first_piece * NUM_KV_HEADS + kv_head) * GROUP
         stride = NUM_KV_HEADS * GROUP
-        _join(out_row, parts, weights, first, num_pieces, stride, GROUP, HEAD_DIM, JOIN_GROUP, JOIN_PIECES)
+        if STORES:
+            _join(out_row, parts, weights, first, num_pieces, stride, GROUP, HEAD_DIM, JOIN_GROUP, JOIN_PIECES)
+        else:
+            _join_at_once(out_row, parts, weights, first, num_pieces, stride, GROUP, HEAD_DIM, JOIN_GROUP, JOIN_PIECES)

@@ -15,6 +15,7 @@ from actors.kernels.route import GATE_TOKENS
 # Inputs of a program: of many rows as of one, so that a row's sums have one order. H200, 128 experts, us: 4.4 (1 row),
 # 4.7 (8), 5.5 (32), where two launches and what lies between took 7.4 to 8.2; at 128 rows they are as fast as this.
 GATE_INPUTS = 512
+LOTS_BLOCK = 256
 
 
 @triton.jit
@@ -106,7 +107,7 @@ def gate_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def lots_kernel(positions_ptr, lots_ptr, num_tokens, BLOCK: tl.constexpr):
     """One program per layer and BLOCK tokens. See `route.draw_lots`."""
     layer = tl.program_id(0).to(tl.int64)
@@ -144,14 +145,13 @@ def launch_gate(
         num_tokens, num_experts, width,
         TOP_K=ids_TK.shape[1], UNIFORM=lots_T is not None, PADDED=is_padding_T1 is not None,
         COUNTED=counts_E is not None, BLOCK=triton.next_power_of_2(num_experts), TOKENS=GATE_TOKENS, EXPERTS=experts,
-        INPUTS=GATE_INPUTS, SPLITS=splits, JOINED=min(GATE_TOKENS, triton.next_power_of_2(num_tokens)), num_warps=warps,
+        INPUTS=GATE_INPUTS, SPLITS=splits, JOINED=1 if num_tokens == 1 else GATE_TOKENS, num_warps=warps,
     )  # fmt: skip
 
 
 def launch_lots(positions_T: Tensor, lots_MT: Tensor) -> None:
     num_layers, num_tokens = lots_MT.shape
-    block = min(1024, triton.next_power_of_2(num_tokens))
-    lots_kernel[(num_layers, triton.cdiv(num_tokens, block))](positions_T, lots_MT, num_tokens, BLOCK=block)
+    lots_kernel[(num_layers, triton.cdiv(num_tokens, LOTS_BLOCK))](positions_T, lots_MT, num_tokens, BLOCK=LOTS_BLOCK)
 
 
 def _as_bytes(is_padding_T1: Tensor | None) -> Tensor | None:
