@@ -4,6 +4,7 @@ import random
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,7 +37,7 @@ def test_members_come_and_go_and_the_tokens_stay(
     with Engine(checkpoint, attention_tp=2, expert_tp=expert_tp, **KEYS) as engine:
         assert [trace.token_ids for trace in engine.run(ITEMS, **SAMPLING)] == expected
         for shard in lost_shards:
-            members = engine.router.snapshot["ranks"]
+            members = await_members(engine)
             victim = next(rank["rank"] for rank in members if tuple(rank["shard"]) == (shard, 2))
             before = engine.status().epoch
             timer = threading.Timer(KILL_AFTER_S, engine.fleet.processes[victim].kill)
@@ -49,14 +50,16 @@ def test_members_come_and_go_and_the_tokens_stay(
                 runs += 1
                 assert time.monotonic() - began_s < 60
             timer.join()
-            await_snapshot(engine, victim)
+            assert victim not in [rank["rank"] for rank in await_members(engine)]
         status = engine.status()
         assert (status.num_running, status.num_queued, status.kv_used_fraction) == (0, 0, 0.0)
 
 
-def await_snapshot(engine: Engine, gone: int) -> None:
-    """The state for people is about a second old."""
+def await_members(engine: Engine) -> list[dict[str, Any]]:
+    """The ranks of the epoch that serves now. The state for people is about a second old."""
     ends_s = time.monotonic() + 20
-    while gone in [rank["rank"] for rank in engine.router.snapshot["ranks"]] or not engine.router.snapshot["serving"]:
+    while not (seen := engine.router.snapshot).get("serving") or seen["epoch"] != engine.status().epoch:
         assert time.monotonic() < ends_s
         time.sleep(0.1)
+    members: list[dict[str, Any]] = seen["ranks"]
+    return members
