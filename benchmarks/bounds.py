@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cluster.private_ray import forget_foreign
+from cluster.private_ray import join_environment
 from cluster.session import Session, StateFolder
 
 TIMEOUT_S = 60.0
@@ -29,8 +29,7 @@ def session_of(port: int) -> Session:
 
 def main() -> None:
     session = session_of(int(sys.argv[1]))
-    forget_foreign(os.environ)
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(Path(session.scratch) / "token")}
+    join_environment(os.environ, Path(session.scratch) / "token")
     import ray  # reads the environment as it is now
 
     ray.init(address=session.ray_address, namespace="corral", log_to_driver=False)

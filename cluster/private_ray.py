@@ -48,7 +48,7 @@ class ServicePorts:
 
 def apply_environment(environment: MutableMapping[str, str], scratch: Path, front: Front, token_file: Path) -> None:
     """Sets what a private Ray needs, and writes its token (mode 0600). Children inherit it."""
-    forget_foreign(environment)
+    join_environment(environment, token_file)
     token_file.touch(mode=0o600)
     token_file.write_text(secrets.token_hex(32))
     stats, metrics, fallback_http, fallback_grpc = free_ports(4)
@@ -56,8 +56,6 @@ def apply_environment(environment: MutableMapping[str, str], scratch: Path, fron
     replicas = free_block(2 * _REPLICA_PORTS)
     environment.update(
         {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token_file),
             "RAY_USAGE_STATS_ENABLED": "0",
             # Ray makes its workers nice, and so slower than their own clients on the same cores.
             "RAY_worker_niceness": "0",
@@ -89,10 +87,11 @@ def apply_environment(environment: MutableMapping[str, str], scratch: Path, fron
     )
 
 
-def forget_foreign(environment: MutableMapping[str, str]) -> None:
-    """Removes what would tie this process, or one that it starts, to somebody else's Ray."""
+def join_environment(environment: MutableMapping[str, str], token_file: Path) -> None:
+    """Sets what a process needs that joins a private Ray, and removes what would tie it to somebody else's."""
     for name in _FOREIGN:
         environment.pop(name, None)
+    environment.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)})
 
 
 def check_port(host: str, port: int, flag: str) -> None:

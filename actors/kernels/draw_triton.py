@@ -1,7 +1,7 @@
 """The Triton form of `draw.py`, over the columns of one rank or of several that write into each other's memory.
 
 Owns how a row's weight is summed and its token found: one program per row, twice over its columns. Ranks tell each
-other their columns' weight, and the token, as `peer_sums_triton.py` sends words. Needs Triton: imported only where it
+other their columns' weight, and the token, as `peer_words_triton.py` sends words. Needs Triton: imported only where it
 is installed.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from actors.attention.distribution import unit
 from actors.kernels.draw import Draws
 from actors.kernels.peer_sums import CALLS, PeerSums
-from actors.kernels.peer_sums_triton import _receive, _send
+from actors.kernels.peer_words_triton import receive, send
 
 _CALLS = tl.constexpr(CALLS)
 _WARPS = 8
@@ -44,13 +44,13 @@ def _tell(
     words = tl.where(word == 0, low, high)
     for step in tl.static_range(WORLD - 1):
         peer = (rank + 1 + step) % WORLD
-        _send(bases, peer, at_own + rank * SOURCE_BYTES, words, word, word >= 0, number)
+        send(bases, peer, at_own + rank * SOURCE_BYTES, words, word, word >= 0, number)
     sources = tl.arange(0, WORLD_BLOCK)
     is_own = (sources == rank)[:, None]
     present = (sources < WORLD)[:, None] & (word >= 0)[None, :]
     own = (tl.load(bases + rank) + at_own).to(tl.pointer_type(tl.int64))
     at = own + sources[:, None].to(tl.int64) * (SOURCE_BYTES // 8) + word[None, :]
-    arrived = _receive(
+    arrived = receive(
         at, present & (is_own == 0), present, number, state, host, bases, rank, at_told, timeout_ns, WORLD, WORLD_BLOCK,
         LANES, IS_TIMED,
     )  # fmt: skip
@@ -134,8 +134,8 @@ def launch_draw(x_BV: Tensor, draws: Draws, vocab_size: int, peers: PeerSums | N
         world, source_bytes = layout.world, row_bytes * max(layout.sliced_rows, layout.whole_rows)
         areas = (layout.slices, layout.sums) if is_sliced else (0, 16)  # beside each other in a whole row's place
         where = (
-            peers.bases, peers.state, peers.host, int(peers.timeout_s * 1e9), peers.rank, x_BV.stride(0),
-            x_BV.shape[1], layout.blame, *areas,
+            peers.bases, peers.state, peers.host, peers.timeout_ns, peers.rank, x_BV.stride(0), x_BV.shape[1],
+            layout.blame, *areas,
         )  # fmt: skip
     draw_kernel[(num_rows,)](
         x_BV, *given, tokens_R, *where, float(unit(vocab_size)), LEAST=draws.least_R is not None, BLOCK=_BLOCK,

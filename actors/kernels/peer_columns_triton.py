@@ -1,7 +1,7 @@
 """The Triton form of what `peer_sums.py` does with columns: gathers, and the largest of each row.
 
 Owns the order of memory. Chunks that are gathered are read from their owner after a flag, stored with release and read
-with acquire semantics at system scope; what ranks say of a row travels as words of sums do (`peer_sums_triton.py`).
+with acquire semantics at system scope; what ranks say of a row travels as words of sums do (`peer_words_triton.py`).
 Needs Triton: imported only where it is installed.
 """
 
@@ -11,13 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from actors.kernels.largest_triton import as_key, block_of, largest_of_row, value_of
-from actors.kernels.peer_sums import ABORT, BLAMED, CALLS, GATHER_WORDS, PeerSums
-from actors.kernels.peer_sums_triton import _blame, _receive, _send, _timeout_ns
-from actors.kernels.peer_waits_triton import is_over, now_ns, read_by_one
+from actors.kernels.peer_sums import CALLS, GATHER_WORDS, PeerSums
+from actors.kernels.peer_waits_triton import await_flag, show
+from actors.kernels.peer_words_triton import receive, send
 
 _CALLS = tl.constexpr(CALLS)
-_BLAMED = tl.constexpr(BLAMED)
-_ABORT = tl.constexpr(ABORT)
 _WARPS_GATHER = 8
 
 
@@ -40,13 +38,13 @@ def _largest_kernel(
     half = (sequence & 1) * WORLD
     for step in tl.static_range(WORLD - 1):
         at = at_area + ((half + rank) * CAPACITY + row) * (WORDS * 8)
-        _send(bases, (rank + 1 + step) % WORLD, at, words, word, word >= 0, number)
+        send(bases, (rank + 1 + step) % WORLD, at, words, word, word >= 0, number)
     sources = tl.arange(0, WORLD_BLOCK)
     is_own = (sources == rank)[:, None]
     present = (sources < WORLD)[:, None] & (word >= 0)[None, :]
     own = tl.load(bases + rank) + at_area + (half * CAPACITY + row) * (WORDS * 8)
     at = own.to(tl.pointer_type(tl.int64)) + sources[:, None].to(tl.int64) * (CAPACITY * WORDS) + word[None, :]
-    arrived = _receive(
+    arrived = receive(
         at, present & (is_own == 0), present, number, state, host, bases, rank, at_told, timeout_ns, WORLD, WORLD_BLOCK,
         LANES, IS_TIMED,
     )  # fmt: skip
@@ -77,24 +75,12 @@ def _gather_kernel(
     own = tl.multiple_of((tl.load(bases + rank) + shown).to(tl.pointer_type(tl.int32)), 16)
     tl.store(own + at, tl.load(x + at, mask=inside, other=0), mask=inside)
     tl.debug_barrier()
-    ranks = tl.arange(0, WORLD_BLOCK)
-    is_one = ranks < WORLD
     flag_at = at_flags + (parity * WORLD * PROGRAMS + program) * 8
-    peers = tl.load(bases + ranks, mask=is_one, other=0) + flag_at + rank * (PROGRAMS * 8)
-    tl.atomic_xchg(peers.to(tl.pointer_type(tl.int64)), sequence + ranks * 0, mask=is_one, sem="release", scope="sys")
+    show(bases, flag_at + rank * (PROGRAMS * 8), sequence, WORLD, WORLD_BLOCK)
     told = (tl.load(bases + rank) + at_told).to(tl.pointer_type(tl.int64))
     for source in tl.static_range(WORLD):
         flag = (tl.load(bases + rank) + flag_at + source * (PROGRAMS * 8)).to(tl.pointer_type(tl.int64))
-        value = read_by_one(flag, lanes)
-        if value != sequence:
-            began_ns = now_ns(lanes, IS_TIMED)
-            polls, over = 0, 0
-            while (value != sequence) & (over == 0):
-                value = read_by_one(flag, lanes)
-                polls += 1
-                over = is_over(lanes, began_ns, polls, state + _BLAMED, told, host + _ABORT, timeout_ns, IS_TIMED)
-        if value != sequence:
-            _blame(rank * 0 + source, state, host, told, bases, at_told, WORLD)
+        await_flag(flag, sequence, source, state, host, told, bases, at_told, timeout_ns, lanes, WORLD, IS_TIMED)
         tl.atomic_add(flag, sequence * 0, sem="acquire", scope="sys")
         tl.debug_barrier()
         theirs = tl.multiple_of((tl.load(bases + source) + shown).to(tl.pointer_type(tl.int32)), 16)
@@ -110,7 +96,7 @@ def gather(peers: PeerSums, x_BV: Tensor, out_BV: Tensor) -> None:
     x_words, out_words = x_BV.view(torch.int32), out_BV.view(torch.int32)
     num_words = x_words.numel()
     _gather_kernel[(triton.cdiv(num_words, GATHER_WORDS),)](
-        x_words, out_words, peers.bases, peers.state, peers.host, _timeout_ns(peers), peers.rank, num_words,
+        x_words, out_words, peers.bases, peers.state, peers.host, peers.timeout_ns, peers.rank, num_words,
         x_words.shape[1], layout.gathered, layout.gather_flags, layout.blame, HALF_BYTES=layout.gather_bytes,
         PROGRAMS=layout.gather_programs, BLOCK=GATHER_WORDS, WORLD=layout.world,
         WORLD_BLOCK=triton.next_power_of_2(layout.world), LANES=32 * _WARPS_GATHER, IS_TIMED=x_BV.is_cuda,
@@ -126,7 +112,7 @@ def largest_columns(peers: PeerSums, x_BV: Tensor) -> tuple[Tensor, Tensor]:
     is_sliced = layout.sliced_rows > layout.whole_rows
     block, warps = block_of(width)
     _largest_kernel[(num_rows,)](
-        x_BV, values_B, columns_B, peers.bases, peers.state, peers.host, _timeout_ns(peers), peers.rank,
+        x_BV, values_B, columns_B, peers.bases, peers.state, peers.host, peers.timeout_ns, peers.rank,
         x_BV.stride(0), layout.blame, layout.slices if is_sliced else 0,
         CAPACITY=layout.sliced_rows if is_sliced else layout.whole_rows,
         WORDS=layout.row_words // layout.world if is_sliced else layout.row_words, WIDTH=width, BLOCK=block,

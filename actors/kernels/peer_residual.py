@@ -10,7 +10,6 @@ Every rank makes the same calls with the same rows in the same order. Calls are 
 given up, later ones end after a few polls, and results are garbage.
 """
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,18 +17,14 @@ import torch
 from torch import Tensor
 
 from actors.kernels.norm import add_rms_norm
+from actors.kernels.peer_end import BLAMED, FLAG_BYTES, PeerEnd, meet
 from actors.kernels.triton_here import HAS_TRITON
 
-FLAG_BYTES = 8
 LINE_BYTES = 128
 MOST_PROGRAMS = 132
-POLL_S = 20e-6
 
-SEQUENCE, FINISHED, BLAMED = 0, 1, 2
-"""Words of `PeerResidual.state`: the last call's number; programs that are done with this one; 1 + who was given up."""
-
-ABORT, REPORTED = 0, 1
-"""Words of `PeerResidual.host`: set by the host to end all waits; BLAMED, for the host to read."""
+SEQUENCE, FINISHED = 0, 1
+"""Words of `PeerResidual.state`: the last call's number; programs that are done with this one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +53,7 @@ class ResidualLayout:
 
     @property
     def state_words(self) -> int:
-        return 3
+        return BLAMED + 1
 
     @property
     def num_bytes(self) -> int:
@@ -66,32 +61,11 @@ class ResidualLayout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PeerResidual:
-    """One rank's end of it. `rank` is its index among those that sum.
-
-    `buffers[rank]`: uint8 [layout.num_bytes], zeros at first; `bases`: their addresses, int64 [world], on the device.
-    `state`: int64 [layout.state_words] on the device, zeros at first. `host`: int64 [2], zeros at first, in memory that
-    host and device reach. `keeper` holds the mapping.
-    """
+class PeerResidual(PeerEnd):
+    """One rank's end of it. `keeper` holds the mapping."""
 
     layout: ResidualLayout
-    rank: int
-    buffers: tuple[Tensor, ...]
-    bases: Tensor
-    state: Tensor
-    host: Tensor
-    timeout_s: float
     keeper: Any = None
-
-    @property
-    def given_up(self) -> int | None:
-        """The rank that a wait was given up for, if one was. What the device does now may not be seen yet."""
-        reported = int(self.host[REPORTED])
-        return reported - 1 if reported else None
-
-    def abort(self) -> None:
-        """Ends all waits, those on the device within milliseconds. From any thread; for good."""
-        self.host[ABORT] = 1
 
     def rows(self, rank: int) -> Tensor:
         """[max_rows, D] of the area of `rank`."""
@@ -144,8 +118,7 @@ def add_sums(
 
 def _add_sums(peers: PeerResidual, h_OD: Tensor, kept: slice, weight_D: Tensor | None, eps: float) -> None:
     layout, sequence = peers.layout, int(peers.state[SEQUENCE]) + 1
-    _tell(peers, layout.ready, sequence)
-    _await_all(peers, layout.ready, sequence)
+    meet(peers, layout.ready, FLAG_BYTES, sequence)
     total_OD = peers.rows(0)[kept].float()
     for rank in range(1, layout.world):
         total_OD = total_OD + peers.rows(rank)[kept].float()
@@ -153,35 +126,5 @@ def _add_sums(peers: PeerResidual, h_OD: Tensor, kept: slice, weight_D: Tensor |
     x_OD = h_OD if weight_D is None else add_rms_norm(h_OD, (), weight_D, eps)
     for rank in range(layout.world):
         peers.rows(rank)[kept] = x_OD
-    _tell(peers, layout.done, sequence)
-    _await_all(peers, layout.done, sequence)
+    meet(peers, layout.done, FLAG_BYTES, sequence)
     peers.state[SEQUENCE] = sequence
-
-
-def _flag(buffer: Tensor, at: int, rank: int) -> Tensor:
-    first = at + rank * FLAG_BYTES
-    return buffer[first : first + FLAG_BYTES].view(torch.int64)
-
-
-def _tell(peers: PeerResidual, at: int, sequence: int) -> None:
-    for buffer in peers.buffers:
-        _flag(buffer, at, peers.rank)[0] = sequence
-
-
-def _await_all(peers: PeerResidual, at: int, sequence: int) -> None:
-    own, ends_s = peers.buffers[peers.rank], time.monotonic() + peers.timeout_s
-    for rank in range(peers.layout.world):
-        while int(_flag(own, at, rank)[0]) < sequence:
-            told = int(_flag(own, peers.layout.blame, 0)[0])
-            if peers.state[BLAMED] or peers.host[ABORT] or told or time.monotonic() > ends_s:
-                _give_up(peers, told or rank + 1)
-                return
-            time.sleep(POLL_S)
-
-
-def _give_up(peers: PeerResidual, blame: int) -> None:
-    """Later calls do not wait, and the others learn of it."""
-    if not peers.state[BLAMED]:
-        peers.state[BLAMED] = peers.host[REPORTED] = blame
-        for buffer in peers.buffers:
-            _flag(buffer, peers.layout.blame, 0)[0] = blame

@@ -13,37 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from actors.kernels.peer_residual import ABORT, BLAMED, FINISHED, REPORTED, SEQUENCE, PeerResidual
-from actors.kernels.peer_waits_triton import is_over, now_ns, read_by_one
+from actors.kernels.peer_residual import FINISHED, SEQUENCE, PeerResidual
+from actors.kernels.peer_waits_triton import await_flag, show
 
 _SEQUENCE = tl.constexpr(SEQUENCE)
 _FINISHED = tl.constexpr(FINISHED)
-_BLAMED = tl.constexpr(BLAMED)
-_ABORT = tl.constexpr(ABORT)
-_REPORTED = tl.constexpr(REPORTED)
 
 _WARPS, _WARPS_MEETING = 8, 1
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-
-
-@triton.jit
-def _tell(bases, at, rank, sequence, WORLD: tl.constexpr, WORLD_BLOCK: tl.constexpr):
-    """Sets this rank's flag of a field in all areas, behind all that was written before."""
-    ranks = tl.arange(0, WORLD_BLOCK)
-    is_one = ranks < WORLD
-    flags = (tl.load(bases + ranks, mask=is_one, other=0) + at + rank * 8).to(tl.pointer_type(tl.int64))
-    tl.atomic_xchg(flags, sequence + ranks * 0, mask=is_one, sem="release", scope="sys")
-
-
-@triton.jit
-def _give_up(source, state, host, told, bases, at_told, WORLD: tl.constexpr):
-    """Ends all waits of this rank, and those of the others by their word: for `source`, or for whom it was told of."""
-    heard = tl.load(told, volatile=True)
-    blamed = tl.where(heard != 0, heard, heard * 0 + source + 1)
-    if tl.atomic_cas(state + _BLAMED, blamed * 0, blamed) == 0:
-        tl.store(host + _REPORTED, blamed)
-        for peer in tl.static_range(WORLD):
-            tl.store((tl.load(bases + peer) + at_told).to(tl.pointer_type(tl.int64)), blamed)
 
 
 @triton.jit
@@ -57,16 +34,7 @@ def _await_all(
     told = (own + at_told).to(tl.pointer_type(tl.int64))
     for source in tl.static_range(WORLD):
         flag = (own + at + source * 8).to(tl.pointer_type(tl.int64))
-        value = read_by_one(flag, lanes)
-        if value < sequence:
-            began_ns = now_ns(lanes, IS_TIMED)
-            polls, over = 0, 0
-            while (value < sequence) & (over == 0):
-                value = read_by_one(flag, lanes)
-                polls += 1
-                over = is_over(lanes, began_ns, polls, state + _BLAMED, told, host + _ABORT, timeout_ns, IS_TIMED)
-        if value < sequence:
-            _give_up(source, state, host, told, bases, at_told, WORLD)
+        await_flag(flag, sequence, source, state, host, told, bases, at_told, timeout_ns, lanes, WORLD, IS_TIMED)
         tl.atomic_add(flag, sequence * 0, sem="acquire", scope="sys")
     tl.debug_barrier()
 
@@ -78,7 +46,7 @@ def _meet_kernel(
 ):  # fmt: skip
     """Says that this rank's parts are there, and waits until those of all ranks are."""
     sequence = tl.load(state + _SEQUENCE) + 1
-    _tell(bases, at_ready, rank, sequence, WORLD, WORLD_BLOCK)
+    show(bases, at_ready.to(tl.int64) + rank * 8, sequence, WORLD, WORLD_BLOCK)
     _await_all(bases, at_ready, rank, sequence, state, host, at_told, timeout_ns, WORLD, LANES, IS_TIMED)
 
 
@@ -129,7 +97,7 @@ def _sum_kernel(
     sequence = tl.load(state + _SEQUENCE) + 1
     finished = tl.atomic_add(state + _FINISHED, sequence * 0 + 1, sem="acq_rel", scope="sys")
     if finished == num_programs - 1:
-        _tell(bases, at_done, rank, sequence, WORLD, WORLD_BLOCK)
+        show(bases, at_done.to(tl.int64) + rank * 8, sequence, WORLD, WORLD_BLOCK)
         _await_all(bases, at_done, rank, sequence, state, host, at_told, timeout_ns, WORLD, LANES, IS_TIMED)
         tl.store(state + _FINISHED, sequence * 0)
         tl.store(state + _SEQUENCE, sequence)
@@ -139,7 +107,7 @@ def meet(peers: PeerResidual) -> None:
     """The first half of `peer_residual.add_sums`: all ranks' parts are there."""
     layout = peers.layout
     _meet_kernel[(1,)](
-        peers.bases, peers.state, peers.host, _timeout_ns(peers), peers.rank, layout.ready, layout.blame,
+        peers.bases, peers.state, peers.host, peers.timeout_ns, peers.rank, layout.ready, layout.blame,
         WORLD=layout.world, WORLD_BLOCK=triton.next_power_of_2(layout.world), LANES=32 * _WARPS_MEETING,
         IS_TIMED=peers.state.is_cuda, num_warps=_WARPS_MEETING,
     )  # fmt: skip
@@ -151,13 +119,9 @@ def add_sums(
     """The second half, by programs that read from peers and write to them."""
     layout = peers.layout
     _sum_kernel[(max(1, min(num_programs, len(h_OD))),)](
-        h_OD, h_OD if weight_D is None else weight_D, peers.bases, peers.state, peers.host, _timeout_ns(peers),
+        h_OD, h_OD if weight_D is None else weight_D, peers.bases, peers.state, peers.host, peers.timeout_ns,
         peers.rank, kept.start, len(h_OD), eps, layout.done, layout.blame, WIDTH=layout.hidden,
         BLOCK=triton.next_power_of_2(layout.hidden), WORLD=layout.world,
         WORLD_BLOCK=triton.next_power_of_2(layout.world), DTYPE=_DTYPES[layout.dtype], NORMS=weight_D is not None,
         LANES=32 * _WARPS, IS_TIMED=h_OD.is_cuda, num_warps=_WARPS,
     )  # fmt: skip
-
-
-def _timeout_ns(peers: PeerResidual) -> int:
-    return int(peers.timeout_s * 1e9)

@@ -11,7 +11,6 @@ rounded once, so that all ranks get the same bits. Once a wait was given up, lat
 results are garbage: see `PeerSums`.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from actors.kernels.draw import Draws, draw_tokens
 from actors.kernels.largest import largest
 from actors.kernels.norm import add_rms_norm
+from actors.kernels.peer_end import BLAMED, PeerEnd, meet
 from actors.kernels.triton_here import HAS_TRITON
 
 WORD_BYTES = 4  # of a tensor; it travels with the call's number, in one store, as 8 bytes
@@ -28,16 +28,10 @@ SENT_BYTES = 8
 LINE_BYTES = 128
 PARITIES = 2
 
-SEQUENCE, FINISHED, BLAMED, CALLS = 0, 1, 2, 3
-"""Words of a rank's state on the device: number of the last call; programs that are done with this one; 1 + who was
-given up. Sums have, instead of the first two, from CALLS on each program's number of calls: of a row, or of a chunk.
-"""
-
-ABORT, REPORTED = 0, 1
-"""Words of `PeerSums.host`: set by the host to end all waits; BLAMED, for the host to read."""
+CALLS = BLAMED + 1
+"""The word of `PeerSums.state` from which on each program's number of calls lies: of a row, or of a chunk."""
 
 GATHER_WORDS = 2048  # of one program
-POLL_S = 20e-6
 
 
 def _aligned(num_bytes: int) -> int:
@@ -121,31 +115,10 @@ class SumLayout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PeerSums:
-    """One rank's end of it. `rank` is its index among those that sum, and in all that is ordered by rank here.
-
-    `buffers[rank]`: uint8 [layout.num_bytes], zeros at first; `bases`: their addresses, int64 [world], on the device.
-    `state`: int64 [layout.state_words] on the device, zeros at first. `host`: int64 [2], zeros at first, in memory that
-    host and device reach.
-    """
+class PeerSums(PeerEnd):
+    """One rank's end of it."""
 
     layout: SumLayout
-    rank: int
-    buffers: tuple[Tensor, ...]
-    bases: Tensor
-    state: Tensor
-    host: Tensor
-    timeout_s: float
-
-    @property
-    def given_up(self) -> int | None:
-        """The rank that a wait was given up for, if one was. What the device does now may not be seen yet."""
-        reported = int(self.host[REPORTED])
-        return reported - 1 if reported else None
-
-    def abort(self) -> None:
-        """Ends all waits, those on the device within milliseconds. From any thread; for good."""
-        self.host[ABORT] = 1
 
     @property
     def max_rows(self) -> int:
@@ -268,8 +241,7 @@ def _sum(peers: PeerSums, parts: Sequence[Tensor]) -> Tensor:
     if capacity * row_bytes > layout.gather_bytes:
         raise ValueError("the reference sums through the room of gathers, which is too small for these rows")
     own[layout.gathered + half :][: num_rows * row_bytes].view(layout.dtype).view(num_rows, -1).copy_(x_TD)
-    _announce(peers, sequence)
-    _await_all(peers, sequence)
+    _meet(peers, sequence)
     terms = [
         buffer[layout.gathered + half :][: num_rows * row_bytes].view(layout.dtype).view(num_rows, -1)
         for buffer in peers.buffers
@@ -286,40 +258,15 @@ def _gather(peers: PeerSums, x_BV: Tensor, out_BV: Tensor) -> None:
     half, num_bytes = sequence % PARITIES * layout.gather_bytes, x_BV.numel() * x_BV.element_size()
     own = peers.buffers[peers.rank]
     own[layout.gathered + half :][:num_bytes].view(x_BV.dtype).view(x_BV.shape).copy_(x_BV)
-    _announce(peers, sequence)
-    _await_all(peers, sequence)
+    _meet(peers, sequence)
     for rank, buffer in enumerate(peers.buffers):
         columns = slice(rank * x_BV.shape[1], (rank + 1) * x_BV.shape[1])
         out_BV[:, columns] = buffer[layout.gathered + half :][:num_bytes].view(x_BV.dtype).view(x_BV.shape)
     peers.state[CALLS] = sequence
 
 
-def _flag(buffer: Tensor, sequence: int, layout: SumLayout, rank: int) -> Tensor:
-    """The word that says at which call `rank` is, among those of this parity."""
-    first = layout.gather_flags + (sequence % PARITIES * layout.world + rank) * layout.gather_programs * SENT_BYTES
-    return buffer[first : first + SENT_BYTES].view(torch.int64)
-
-
-def _announce(peers: PeerSums, sequence: int) -> None:
-    for buffer in peers.buffers:
-        _flag(buffer, sequence, peers.layout, peers.rank)[0] = sequence
-
-
-def _await_all(peers: PeerSums, sequence: int) -> None:
-    own, layout = peers.buffers[peers.rank], peers.layout
-    ends_s = time.monotonic() + peers.timeout_s
-    for rank in range(layout.world):
-        while int(_flag(own, sequence, layout, rank)[0]) != sequence:
-            told = int(own[layout.blame : layout.blame + SENT_BYTES].view(torch.int64)[0])
-            if peers.state[BLAMED] or peers.host[ABORT] or told or time.monotonic() > ends_s:
-                _give_up(peers, told or rank + 1)
-                return
-            time.sleep(POLL_S)
-
-
-def _give_up(peers: PeerSums, blame: int) -> None:
-    """Later calls do not wait, and the others learn of it."""
-    if not peers.state[BLAMED]:
-        peers.state[BLAMED] = peers.host[REPORTED] = blame
-        for buffer in peers.buffers:
-            buffer[peers.layout.blame : peers.layout.blame + SENT_BYTES].view(torch.int64)[0] = blame
+def _meet(peers: PeerSums, sequence: int) -> None:
+    """All ranks are at this call, as the flags of gathers say, those of the first program."""
+    layout = peers.layout
+    step_bytes = layout.gather_programs * SENT_BYTES
+    meet(peers, layout.gather_flags + sequence % PARITIES * layout.world * step_bytes, step_bytes, sequence)

@@ -10,23 +10,12 @@ read with acquire semantics at system scope. Needs Triton: imported only where i
 import triton
 import triton.language as tl
 
-from actors.kernels.peer_sums import ABORT, BLAMED, CALLS
-from actors.kernels.peer_sums_triton import _blame, _finish_row, _high, _low, _part_words, _residual, _total
-from actors.kernels.peer_waits_triton import is_over, now_ns, read_by_one
+from actors.kernels.peer_sums import CALLS
+from actors.kernels.peer_sums_triton import finish_row, part_words, residual_words, total_words
+from actors.kernels.peer_waits_triton import await_flag, show
+from actors.kernels.peer_words_triton import high_of, low_of
 
-_ABORT = tl.constexpr(ABORT)
-_BLAMED = tl.constexpr(BLAMED)
 _CALLS = tl.constexpr(CALLS)
-
-
-@triton.jit
-def _show(bases, at_flag, sequence, WORLD: tl.constexpr, WORLD_BLOCK: tl.constexpr):
-    """Sets a flag in all areas, behind all that this program has stored."""
-    tl.debug_barrier()
-    ranks = tl.arange(0, WORLD_BLOCK)
-    is_one = ranks < WORLD
-    flags = (tl.load(bases + ranks, mask=is_one, other=0) + at_flag).to(tl.pointer_type(tl.int64))
-    tl.atomic_xchg(flags, sequence + ranks * 0, mask=is_one, sem="release", scope="sys")
 
 
 @triton.jit
@@ -39,16 +28,7 @@ def _await_all(
     told = (tl.load(bases + rank) + at_told).to(tl.pointer_type(tl.int64))
     for source in tl.static_range(WORLD):
         flag = flags + source * flag_step
-        value = read_by_one(flag, lanes)
-        if value != sequence:
-            began_ns = now_ns(lanes, IS_TIMED)
-            polls, over = 0, 0
-            while (value != sequence) & (over == 0):
-                value = read_by_one(flag, lanes)
-                polls += 1
-                over = is_over(lanes, began_ns, polls, state + _BLAMED, told, host + _ABORT, timeout_ns, IS_TIMED)
-        if value != sequence:
-            _blame(rank * 0 + source, state, host, told, bases, at_told, WORLD)
+        await_flag(flag, sequence, source, state, host, told, bases, at_told, timeout_ns, lanes, WORLD, IS_TIMED)
     sources = tl.arange(0, WORLD_BLOCK)
     tl.atomic_add(
         flags + sources * flag_step, sequence * 0 + sources * 0, mask=sources < WORLD, sem="acquire", scope="sys"
@@ -76,17 +56,16 @@ def sum_flagged_kernel(
     for step in tl.static_range(WORLD):
         peer = (rank + 1 + step) % WORLD  # all begin with another one
         first = peer * WORDS
-        words = _part_words(
-            a, b, row * a_stride + first + columns, row * b_stride + first + columns, inside, TWO, DTYPE
-        )
+        words = part_words(a, b, row * a_stride + first + columns, row * b_stride + first + columns, inside, TWO, DTYPE)
         target = (tl.load(bases + peer) + at_slices + place * (WORDS * 4)).to(tl.pointer_type(tl.int32))
         tl.store(tl.multiple_of(target, 16) + columns, words, mask=inside)
-    _show(bases, at_flags + place * 8, sequence, WORLD, WORLD_BLOCK)
+    tl.debug_barrier()
+    show(bases, at_flags + place * 8, sequence, WORLD, WORLD_BLOCK)
 
     sources = tl.arange(0, WORLD_BLOCK)
     present = (sources < WORLD)[:, None] & inside[None, :]
     row_columns = sources[:, None] * WORDS + columns[None, :]
-    old, weights = _residual(h, weight, row * h_stride + row_columns, row_columns, present, ADDS, NORMS)
+    old, weights = residual_words(h, weight, row * h_stride + row_columns, row_columns, present, ADDS, NORMS)
     own, received = tl.load(bases + rank), half * CAPACITY + row  # of what the first rank sends here
     places = sources[:, None].to(tl.int64) * (CAPACITY * WORDS) + columns[None, :]
     flags = (own + at_flags + received * 8).to(tl.pointer_type(tl.int64))
@@ -94,20 +73,21 @@ def sum_flagged_kernel(
         flags, CAPACITY, sequence, state, host, bases, rank, at_told, timeout_ns, WORLD, WORLD_BLOCK, LANES, IS_TIMED
     )  # fmt: skip
     at = tl.multiple_of((own + at_slices + received * (WORDS * 4)).to(tl.pointer_type(tl.int32)), 16) + places
-    total = _total(tl.load(at, mask=present, other=0, cache_modifier=".cg"), present, DTYPE)
+    total = total_words(tl.load(at, mask=present, other=0, cache_modifier=".cg"), present, DTYPE)
     for step in tl.static_range(WORLD):
         target = tl.load(bases + (rank + 1 + step) % WORLD) + at_sums + place * (WORDS * 4)
         tl.store(tl.multiple_of(target.to(tl.pointer_type(tl.int32)), 16) + columns, total, mask=inside)
     second = 2 * WORLD * CAPACITY  # the flags of sums
-    _show(bases, at_flags + (second + place) * 8, sequence, WORLD, WORLD_BLOCK)
+    tl.debug_barrier()
+    show(bases, at_flags + (second + place) * 8, sequence, WORLD, WORLD_BLOCK)
     _await_all(
         flags + second, CAPACITY, sequence, state, host, bases, rank, at_told, timeout_ns, WORLD, WORLD_BLOCK, LANES,
         IS_TIMED,
     )  # fmt: skip
     at = tl.multiple_of((own + at_sums + received * (WORDS * 4)).to(tl.pointer_type(tl.int32)), 16) + places
     arrived = tl.load(at, mask=present, other=0, cache_modifier=".cg")
-    _finish_row(
-        _low(arrived, DTYPE), _high(arrived, DTYPE), old, weights, h, out, row * h_stride + row_columns,
+    finish_row(
+        low_of(arrived, DTYPE), high_of(arrived, DTYPE), old, weights, h, out, row * h_stride + row_columns,
         row * out_stride + row_columns, present, eps, WIDTH, DTYPE, ADDS, NORMS,
     )  # fmt: skip
     tl.store(state + _CALLS + row, sequence)

@@ -1,12 +1,8 @@
-"""The Triton form of the sums of `peer_sums.py`: one program per row, words that carry the call's number beside their
-data.
+"""The Triton form of the sums of `peer_sums.py`: one program per row, by words that carry the call's number beside
+their data (`peer_words_triton.py`).
 
-Owns the order of memory: 4 bytes of data and the call's number are one store of 8 bytes, which arrives whole; a reader
-that sees the number has the data, and no fence is needed. Needs GPUs that reach each other's memory (NVLink); never
-uses multicast. Needs Triton: imported only where it is installed.
-
-All threads of a program must leave a loop together where barriers follow in it: what decides is reduced over a tensor
-that all of them have a part of, never a scalar that each has read for itself (see `peer_waits_triton.py`).
+Owns what is sent to whom, and what becomes of a row's sum. Never uses multicast. Needs Triton: imported only where it
+is installed.
 """
 
 from collections.abc import Sequence
@@ -16,116 +12,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from actors.kernels.peer_sums import ABORT, BLAMED, CALLS, REPORTED, PeerSums
-from actors.kernels.peer_waits_triton import is_over, now_ns
+from actors.kernels.peer_sums import CALLS, PeerSums
+from actors.kernels.peer_words_triton import high_of, low_of, packed, receive, send
 
 _CALLS = tl.constexpr(CALLS)
-_BLAMED = tl.constexpr(BLAMED)
-_ABORT = tl.constexpr(ABORT)
-_REPORTED = tl.constexpr(REPORTED)
-_EAGER_POLLS = tl.constexpr(8)
 _WATCHED_WORDS = tl.constexpr(4)  # the last ones: as many as keep loads of vectors
 
 _WARPS_WHOLE, _WARPS_SLICED, _WARPS_FLAGGED = 16, 8, 4
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _low(words, DTYPE: tl.constexpr):
-    """fp32 of the elements in the low half of each word; of fp32 words, the words."""
-    if tl.float32 == DTYPE:
-        values = words.to(tl.float32, bitcast=True)
-    else:  # no early return: what follows is compiled all the same
-        values = (words & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
-    return values
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _high(words, DTYPE: tl.constexpr):
-    """fp32 of the elements in the high half of each word; zeros of fp32 words."""
-    if tl.float32 == DTYPE:
-        values = words.to(tl.float32) * 0.0
-    else:
-        values = ((words >> 16) & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
-    return values
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _packed(low, high, DTYPE: tl.constexpr):
-    """Words of fp32 pairs, each rounded."""
-    if tl.float32 == DTYPE:
-        words = low.to(tl.int32, bitcast=True)
-    else:
-        lower = low.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        words = lower | (high.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16)
-    return words
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _part_words(a, b, at, b_at, inside, TWO: tl.constexpr, DTYPE: tl.constexpr):
+def part_words(a, b, at, b_at, inside, TWO: tl.constexpr, DTYPE: tl.constexpr):
     """The words of a row that this rank brings: a, or a + b rounded."""
     words = tl.load(a + at, mask=inside, other=0)
     if TWO:
         more = tl.load(b + b_at, mask=inside, other=0)
-        words = _packed(_low(words, DTYPE) + _low(more, DTYPE), _high(words, DTYPE) + _high(more, DTYPE), DTYPE)
+        words = packed(low_of(words, DTYPE) + low_of(more, DTYPE), high_of(words, DTYPE) + high_of(more, DTYPE), DTYPE)
     return words
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _send(bases, peer, at_bytes, words, columns, inside, number):
-    """Stores words, each beside the call's number, into the area of `peer` from byte `at_bytes` on."""
-    address = tl.load(bases + peer) + at_bytes
-    target = tl.multiple_of(address.to(tl.pointer_type(tl.int64)), 16)
-    sent = (number.to(tl.int64) << 32) | (words.to(tl.int64) & 0xFFFFFFFF)
-    tl.store(target + columns, sent, mask=inside)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _blame(rank, state, host, told, bases, at_told, WORLD: tl.constexpr):
-    """Ends all waits of this rank, and those of the others by their word: for `rank`, or for whom it was told of."""
-    heard = tl.load(told, volatile=True)
-    blamed = tl.where(heard != 0, heard, rank.to(tl.int64) + 1)
-    if tl.atomic_cas(state + _BLAMED, blamed * 0, blamed) == 0:
-        tl.store(host + _REPORTED, blamed)
-        for peer in tl.static_range(WORLD):
-            tl.store((tl.load(bases + peer) + at_told).to(tl.pointer_type(tl.int64)), blamed)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _receive(
-    at, present, watched, number, state, host, bases, rank, at_told, timeout_ns, WORLD: tl.constexpr,
-    WORLD_BLOCK: tl.constexpr, LANES: tl.constexpr, IS_TIMED: tl.constexpr,
-):  # fmt: skip
-    """int32 [WORLD_BLOCK, BLOCK]: words at `at`, once all have come with the call's number.
-
-    All are polled a few times, which takes least time; who waits for longer polls those that are `watched`, and leaves
-    the memory's bandwidth to those that are at work.
-    """
-    told = (tl.load(bases + rank) + at_told).to(tl.pointer_type(tl.int64))
-    expected = number.to(tl.int64) << 32
-    arrived = tl.load(at, mask=present, other=expected, volatile=True)
-    missing = tl.max(((arrived >> 32).to(tl.int32) != number).to(tl.int32))
-    if missing != 0:
-        lanes = tl.arange(0, LANES)
-        began_ns = now_ns(lanes, IS_TIMED)
-        polls, over, unmatched = 0, 0, 1
-        while (missing != 0) & (over == 0):
-            takes_all = (polls < _EAGER_POLLS) | (unmatched == 0)
-            arrived = tl.load(at, mask=present & (watched | takes_all), other=expected, volatile=True)
-            unmatched = tl.max(((arrived >> 32).to(tl.int32) != number).to(tl.int32))
-            missing = tl.where(takes_all, unmatched, 1)
-            polls += 1
-            over = is_over(lanes, began_ns, polls, state + _BLAMED, told, host + _ABORT, timeout_ns, IS_TIMED)
-        if missing != 0:
-            arrived = tl.load(at, mask=present, other=expected, volatile=True)
-            late = tl.max(((arrived >> 32).to(tl.int32) != number).to(tl.int32), axis=1)
-            first = tl.min(tl.where(late != 0, tl.arange(0, WORLD_BLOCK), WORLD), axis=0)
-            if first < WORLD:
-                _blame(first, state, host, told, bases, at_told, WORLD)
-    return arrived.to(tl.int32)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _residual(h, weight, h_at, columns, inside, ADDS: tl.constexpr, NORMS: tl.constexpr):
+def residual_words(h, weight, h_at, columns, inside, ADDS: tl.constexpr, NORMS: tl.constexpr):
     """The words of h and of the norm's weight that a row's sum meets: read before anybody is waited for."""
     words = tl.zeros(h_at.shape, tl.int32)
     weights = words
@@ -137,33 +44,33 @@ def _residual(h, weight, h_at, columns, inside, ADDS: tl.constexpr, NORMS: tl.co
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _finish_row(
+def finish_row(
     low, high, words, weights, h, out, h_at, out_at, inside, eps, WIDTH: tl.constexpr, DTYPE: tl.constexpr,
     ADDS: tl.constexpr, NORMS: tl.constexpr,
 ):  # fmt: skip
     """What becomes of a row's sum, which is rounded already: stored, added to h, or added and normed."""
     if not ADDS:
-        tl.store(out + out_at, _packed(low, high, DTYPE), mask=inside)
+        tl.store(out + out_at, packed(low, high, DTYPE), mask=inside)
     else:
-        words = _packed(_low(words, DTYPE) + low, _high(words, DTYPE) + high, DTYPE)
+        words = packed(low_of(words, DTYPE) + low, high_of(words, DTYPE) + high, DTYPE)
         tl.store(h + h_at, words, mask=inside)
         if NORMS:
-            low = tl.where(inside, _low(words, DTYPE), 0.0)
-            high = tl.where(inside, _high(words, DTYPE), 0.0)
+            low = tl.where(inside, low_of(words, DTYPE), 0.0)
+            high = tl.where(inside, high_of(words, DTYPE), 0.0)
             scale = tl.rsqrt(tl.sum(low * low + high * high) / WIDTH + eps)
-            words = _packed(low * scale, high * scale, DTYPE)
-            words = _packed(
-                _low(words, DTYPE) * _low(weights, DTYPE), _high(words, DTYPE) * _high(weights, DTYPE), DTYPE
+            words = packed(low * scale, high * scale, DTYPE)
+            words = packed(
+                low_of(words, DTYPE) * low_of(weights, DTYPE), high_of(words, DTYPE) * high_of(weights, DTYPE), DTYPE
             )
             tl.store(out + out_at, words, mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _total(words, present, DTYPE: tl.constexpr):
+def total_words(words, present, DTYPE: tl.constexpr):
     """int32 [BLOCK]: the sums over ranks, rounded, as words."""
-    low = tl.sum(tl.where(present, _low(words, DTYPE), 0.0), axis=0)
-    high = tl.sum(tl.where(present, _high(words, DTYPE), 0.0), axis=0)
-    return _packed(low, high, DTYPE)
+    low = tl.sum(tl.where(present, low_of(words, DTYPE), 0.0), axis=0)
+    high = tl.sum(tl.where(present, high_of(words, DTYPE), 0.0), axis=0)
+    return packed(low, high, DTYPE)
 
 
 @triton.jit(do_not_specialize=["rank", "timeout_ns"])  # type: ignore[untyped-decorator]
@@ -179,25 +86,25 @@ def _sum_whole_kernel(
     number = sequence.to(tl.int32)
     columns = tl.arange(0, BLOCK)
     inside = columns < WORDS
-    words = _part_words(a, b, row * a_stride + columns, row * b_stride + columns, inside, TWO, DTYPE)
-    old, weights = _residual(h, weight, row * h_stride + columns, columns, inside, ADDS, NORMS)
+    words = part_words(a, b, row * a_stride + columns, row * b_stride + columns, inside, TWO, DTYPE)
+    old, weights = residual_words(h, weight, row * h_stride + columns, columns, inside, ADDS, NORMS)
     half = (sequence & 1) * WORLD
     for step in tl.static_range(WORLD - 1):
         peer = (rank + 1 + step) % WORLD  # all begin with another one
-        _send(bases, peer, ((half + rank) * CAPACITY + row) * (WORDS * 8), words, columns, inside, number)
+        send(bases, peer, ((half + rank) * CAPACITY + row) * (WORDS * 8), words, columns, inside, number)
     sources = tl.arange(0, WORLD_BLOCK)
     present = (sources < WORLD)[:, None] & inside[None, :]
     is_own = (sources == rank)[:, None]
     watched = (columns >= WORDS - _WATCHED_WORDS)[None, :]
     own = (tl.load(bases + rank) + (half * CAPACITY + row) * (WORDS * 8)).to(tl.pointer_type(tl.int64))
     at = tl.multiple_of(own, 16) + sources[:, None].to(tl.int64) * (CAPACITY * WORDS) + columns[None, :]
-    arrived = _receive(
+    arrived = receive(
         at, present & (is_own == 0), watched, number, state, host, bases, rank, at_told, timeout_ns, WORLD, WORLD_BLOCK,
         LANES, IS_TIMED,
     )  # fmt: skip
-    total = _total(tl.where(is_own, words[None, :], arrived), present, DTYPE)
-    _finish_row(
-        _low(total, DTYPE), _high(total, DTYPE), old, weights, h, out, row * h_stride + columns,
+    total = total_words(tl.where(is_own, words[None, :], arrived), present, DTYPE)
+    finish_row(
+        low_of(total, DTYPE), high_of(total, DTYPE), old, weights, h, out, row * h_stride + columns,
         row * out_stride + columns, inside, eps, WIDTH, DTYPE, ADDS, NORMS,
     )  # fmt: skip
     tl.store(state + _CALLS + row, sequence)
@@ -224,36 +131,34 @@ def _sum_sliced_kernel(
     for step in tl.static_range(WORLD - 1):
         peer = (rank + 1 + step) % WORLD  # all begin with another one
         first = peer * WORDS
-        words = _part_words(
-            a, b, row * a_stride + first + columns, row * b_stride + first + columns, inside, TWO, DTYPE
-        )
-        _send(bases, peer, at_slices + sent_at, words, columns, inside, number)
+        words = part_words(a, b, row * a_stride + first + columns, row * b_stride + first + columns, inside, TWO, DTYPE)
+        send(bases, peer, at_slices + sent_at, words, columns, inside, number)
     first = rank * WORDS
-    words = _part_words(a, b, row * a_stride + first + columns, row * b_stride + first + columns, inside, TWO, DTYPE)
+    words = part_words(a, b, row * a_stride + first + columns, row * b_stride + first + columns, inside, TWO, DTYPE)
     sources = tl.arange(0, WORLD_BLOCK)
     present = (sources < WORLD)[:, None] & inside[None, :]
     is_own = (sources == rank)[:, None]
     row_columns = sources[:, None] * WORDS + columns[None, :]
-    old, weights = _residual(h, weight, row * h_stride + row_columns, row_columns, present, ADDS, NORMS)
+    old, weights = residual_words(h, weight, row * h_stride + row_columns, row_columns, present, ADDS, NORMS)
     watched = (columns >= WORDS - _WATCHED_WORDS)[None, :]
     places = sources[:, None].to(tl.int64) * (CAPACITY * WORDS) + columns[None, :]
     own = tl.load(bases + rank) + (half * CAPACITY + row) * (WORDS * 8)
     at = tl.multiple_of((own + at_slices).to(tl.pointer_type(tl.int64)), 16) + places
-    arrived = _receive(
+    arrived = receive(
         at, present & (is_own == 0), watched, number, state, host, bases, rank, at_told, timeout_ns, WORLD, WORLD_BLOCK,
         LANES, IS_TIMED,
     )  # fmt: skip
-    total = _total(tl.where(is_own, words[None, :], arrived), present, DTYPE)
+    total = total_words(tl.where(is_own, words[None, :], arrived), present, DTYPE)
     for step in tl.static_range(WORLD - 1):
-        _send(bases, (rank + 1 + step) % WORLD, at_sums + sent_at, total, columns, inside, number)
+        send(bases, (rank + 1 + step) % WORLD, at_sums + sent_at, total, columns, inside, number)
     at = tl.multiple_of((own + at_sums).to(tl.pointer_type(tl.int64)), 16) + places
-    arrived = _receive(
+    arrived = receive(
         at, present & (is_own == 0), watched, number, state, host, bases, rank, at_told, timeout_ns, WORLD, WORLD_BLOCK,
         LANES, IS_TIMED,
     )  # fmt: skip
     arrived = tl.where(is_own, total[None, :], arrived)
-    _finish_row(
-        _low(arrived, DTYPE), _high(arrived, DTYPE), old, weights, h, out, row * h_stride + row_columns,
+    finish_row(
+        low_of(arrived, DTYPE), high_of(arrived, DTYPE), old, weights, h, out, row * h_stride + row_columns,
         row * out_stride + row_columns, present, eps, WIDTH, DTYPE, ADDS, NORMS,
     )  # fmt: skip
     tl.store(state + _CALLS + row, sequence)
@@ -296,7 +201,7 @@ def _launch_sum(
     is_flagged = not is_whole and 0 < layout.flagged_rows <= num_rows
     warps = _WARPS_WHOLE if is_whole else _WARPS_FLAGGED if is_flagged else _WARPS_SLICED
     pointers = (
-        a, b, h, out, weight, peers.bases, peers.state, peers.host, _timeout_ns(peers), peers.rank, eps, a.stride(0),
+        a, b, h, out, weight, peers.bases, peers.state, peers.host, peers.timeout_ns, peers.rank, eps, a.stride(0),
         b.stride(0), h.stride(0), out.stride(0), layout.blame,
     )  # fmt: skip
     options = {
@@ -329,7 +234,3 @@ def _launch_sum(
 def _as_words(x_TD: Tensor) -> Tensor:
     """int32 [T, words]. Rows are contiguous and begin at whole words."""
     return x_TD.view(torch.int32)
-
-
-def _timeout_ns(peers: PeerSums) -> int:
-    return int(peers.timeout_s * 1e9)

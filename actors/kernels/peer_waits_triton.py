@@ -1,4 +1,5 @@
-"""How programs wait for a word that a peer writes, and when they give up: for kernels over mapped peer memory.
+"""How programs wait for a word that a peer writes, when they give up, and who learns of it: for kernels over mapped
+peer memory.
 
 Owns who looks at what how often. Words of the host lie across PCIe, where reads of one word come back one after
 another: if all threads that wait read it, the last gets its answer so late that its peers wait as long, and do so too,
@@ -12,6 +13,12 @@ together, and barriers may follow in it. `lanes` is tl.arange(0, threads of a pr
 
 import triton
 import triton.language as tl
+
+from actors.kernels.peer_end import ABORT, BLAMED, REPORTED
+
+_ABORT = tl.constexpr(ABORT)
+_BLAMED = tl.constexpr(BLAMED)
+_REPORTED = tl.constexpr(REPORTED)
 
 POLLS_PER_LOOK = tl.constexpr(64)  # at words in device memory
 LOOKS_PER_HOST_LOOK = tl.constexpr(64)  # and at the clock: every few milliseconds
@@ -59,3 +66,44 @@ def is_over(lanes, began_ns, polls, blamed, told, abort, timeout_ns, IS_TIMED: t
     else:
         over += 1  # interpreted, programs run one after another, so nobody can be waited for
     return over
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def give_up(source, state, host, told, bases, at_told, WORLD: tl.constexpr):
+    """Ends all waits of this rank, and those of the others by their word: for `source`, or for whom it was told of."""
+    heard = tl.load(told, volatile=True)
+    blamed = tl.where(heard != 0, heard, heard * 0 + source + 1)
+    if tl.atomic_cas(state + _BLAMED, blamed * 0, blamed) == 0:
+        tl.store(host + _REPORTED, blamed)
+        for peer in tl.static_range(WORLD):
+            tl.store((tl.load(bases + peer) + at_told).to(tl.pointer_type(tl.int64)), blamed)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def await_flag(
+    flag, sequence, source, state, host, told, bases, at_told, timeout_ns, lanes, WORLD: tl.constexpr,
+    IS_TIMED: tl.constexpr,
+):  # fmt: skip
+    """Waits until the flag of rank `source` in this rank's area has come to `sequence`, or gives up.
+
+    What the flag stands for may be read behind one more read of it, with acquire semantics, and a barrier.
+    """
+    value = read_by_one(flag, lanes)
+    if value < sequence:
+        began_ns = now_ns(lanes, IS_TIMED)
+        polls, over = 0, 0
+        while (value < sequence) & (over == 0):
+            value = read_by_one(flag, lanes)
+            polls += 1
+            over = is_over(lanes, began_ns, polls, state + _BLAMED, told, host + _ABORT, timeout_ns, IS_TIMED)
+    if value < sequence:
+        give_up(source, state, host, told, bases, at_told, WORLD)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def show(bases, at, sequence, WORLD: tl.constexpr, WORLD_BLOCK: tl.constexpr):
+    """Sets the flag at byte `at` of all areas, behind all that the program stored before its last barrier."""
+    ranks = tl.arange(0, WORLD_BLOCK)
+    is_one = ranks < WORLD
+    flags = (tl.load(bases + ranks, mask=is_one, other=0) + at).to(tl.pointer_type(tl.int64))
+    tl.atomic_xchg(flags, sequence + ranks * 0, mask=is_one, sem="release", scope="sys")

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from actors.types import EMPTY_SLOT
 from cluster.commands.serve import health_of
-from cluster.private_ray import forget_foreign
+from cluster.private_ray import join_environment
 from cluster.session import Session, all_sessions
 
 HOTTEST = 5  # experts that are named, per layer
@@ -47,8 +47,7 @@ def _show_session(session: Session, application: str, as_json: bool) -> None:
         f"{session.http_url}  gRPC {session.grpc_address}  process {session.pid}  {state}", err=as_json
     )  # the figures alone are for programs
     if session.is_alive and session.ray_address:
-        forget_foreign(os.environ)
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(Path(session.scratch) / "token")}
+        join_environment(os.environ, Path(session.scratch) / "token")
         _show(_snapshot(session.ray_address, application), as_json)
 
 

@@ -10,7 +10,8 @@ from interpreter import let_ranges_have_tensor_bounds, run_interpreted
 from torch import Tensor
 
 from actors.kernels.norm import add_rms_norm
-from actors.kernels.peer_residual import BLAMED, SEQUENCE, PeerResidual, ResidualLayout, kept_of
+from actors.kernels.peer_end import BLAMED
+from actors.kernels.peer_residual import SEQUENCE, PeerResidual, ResidualLayout, kept_of
 from actors.kernels.triton_here import HAS_TRITON
 
 WORLD, HIDDEN, EPS = 3, 36, 1e-5

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from actors.kernels.draw import Draws, draw_tokens
 from actors.kernels.norm import add_rms_norm
-from actors.kernels.peer_sums import BLAMED, CALLS, PeerSums, SumLayout
+from actors.kernels.peer_end import BLAMED
+from actors.kernels.peer_sums import CALLS, PeerSums, SumLayout
 from actors.kernels.triton_here import HAS_TRITON
 
 WORLD = 3

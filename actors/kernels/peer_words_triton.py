@@ -1,0 +1,92 @@
+"""Words that travel between ranks beside the number of their call: 4 bytes of data and the number are one store of 8.
+
+Owns the order of memory: a store of 8 bytes arrives whole, so a reader that sees the number has the data, and no fence
+is needed. Needs GPUs that reach each other's memory (NVLink). Needs Triton: imported only where it is installed.
+
+All threads of a program must leave a loop together where barriers follow in it: what decides is reduced over a tensor
+that all of them have a part of, never a scalar that each has read for itself (see `peer_waits_triton.py`).
+"""
+
+import triton
+import triton.language as tl
+
+from actors.kernels.peer_end import ABORT, BLAMED
+from actors.kernels.peer_waits_triton import give_up, is_over, now_ns
+
+_ABORT = tl.constexpr(ABORT)
+_BLAMED = tl.constexpr(BLAMED)
+_EAGER_POLLS = tl.constexpr(8)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def low_of(words, DTYPE: tl.constexpr):
+    """fp32 of the elements in the low half of each word; of fp32 words, the words."""
+    if tl.float32 == DTYPE:
+        values = words.to(tl.float32, bitcast=True)
+    else:  # no early return: what follows is compiled all the same
+        values = (words & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+    return values
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def high_of(words, DTYPE: tl.constexpr):
+    """fp32 of the elements in the high half of each word; zeros of fp32 words."""
+    if tl.float32 == DTYPE:
+        values = words.to(tl.float32) * 0.0
+    else:
+        values = ((words >> 16) & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+    return values
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def packed(low, high, DTYPE: tl.constexpr):
+    """Words of fp32 pairs, each rounded."""
+    if tl.float32 == DTYPE:
+        words = low.to(tl.int32, bitcast=True)
+    else:
+        lower = low.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        words = lower | (high.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    return words
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def send(bases, peer, at_bytes, words, columns, inside, number):
+    """Stores words, each beside the call's number, into the area of `peer` from byte `at_bytes` on."""
+    address = tl.load(bases + peer) + at_bytes
+    target = tl.multiple_of(address.to(tl.pointer_type(tl.int64)), 16)
+    sent = (number.to(tl.int64) << 32) | (words.to(tl.int64) & 0xFFFFFFFF)
+    tl.store(target + columns, sent, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def receive(
+    at, present, watched, number, state, host, bases, rank, at_told, timeout_ns, WORLD: tl.constexpr,
+    WORLD_BLOCK: tl.constexpr, LANES: tl.constexpr, IS_TIMED: tl.constexpr,
+):  # fmt: skip
+    """int32 [WORLD_BLOCK, BLOCK]: words at `at`, once all have come with the call's number.
+
+    All are polled a few times, which takes least time; who waits for longer polls those that are `watched`, and leaves
+    the memory's bandwidth to those that are at work.
+    """
+    told = (tl.load(bases + rank) + at_told).to(tl.pointer_type(tl.int64))
+    expected = number.to(tl.int64) << 32
+    arrived = tl.load(at, mask=present, other=expected, volatile=True)
+    missing = tl.max(((arrived >> 32).to(tl.int32) != number).to(tl.int32))
+    if missing != 0:
+        lanes = tl.arange(0, LANES)
+        began_ns = now_ns(lanes, IS_TIMED)
+        polls, over, unmatched = 0, 0, 1
+        while (missing != 0) & (over == 0):
+            takes_all = (polls < _EAGER_POLLS) | (unmatched == 0)
+            arrived = tl.load(at, mask=present & (watched | takes_all), other=expected, volatile=True)
+            unmatched = tl.max(((arrived >> 32).to(tl.int32) != number).to(tl.int32))
+            missing = tl.where(takes_all, unmatched, 1)
+            polls += 1
+            over = is_over(lanes, began_ns, polls, state + _BLAMED, told, host + _ABORT, timeout_ns, IS_TIMED)
+        if missing != 0:
+            arrived = tl.load(at, mask=present, other=expected, volatile=True)
+            late = tl.max(((arrived >> 32).to(tl.int32) != number).to(tl.int32), axis=1)
+            first = tl.min(tl.where(late != 0, tl.arange(0, WORLD_BLOCK), WORLD), axis=0)
+            if first < WORLD:
+                give_up(first, state, host, told, bases, at_told, WORLD)
+    return arrived.to(tl.int32)
