@@ -430,6 +430,14 @@ class Rank:
                 num_rows=before.num_rows + num_rows,
             )
 
+    def use_idle_time(self) -> bool:
+        """Nobody waits for this rank: captures a step's graph, which a request would have to wait for later, if there
+        is one.
+        """
+        attention = self._held.attention if self._held else None
+        is_in_epoch = self._epoch is not None and self._epoch.epoch > self._last_over
+        return is_in_epoch and attention is not None and attention.capture_next()
+
     def finish(self, launched: Launched) -> StepResult | None:
         """Waits for a step's tokens; ranks without a plan of their own answer nothing.
 

@@ -45,6 +45,7 @@ from actors.wire import FROM_RANK, TO_RANK, bind_any, open_socket
 log = logging.getLogger("corral.rank")
 
 POLL_MS = 200
+IDLE_MS = 20  # that a rank is left alone before it goes on with what can wait
 PROGRESS_S = 0.5
 MAX_LAUNCHED = 2  # steps: one runs on the device, one waits behind it
 LOOK_S = 20e-6  # between looks at the device and at the socket
@@ -211,14 +212,19 @@ class RankLoop:
     # --- steps --------------------------------------------------------------------------------------------------------
 
     def _run_steps(self) -> None:
-        """Launches a step as soon as its plan is here, at most one ahead of the one that is answered next."""
+        """Launches a step as soon as its plan is here, at most one ahead of the one that is answered next. While there
+        is none, does what a step would have to wait for later.
+        """
+        poll_ms = POLL_MS
         while not self._stopping.is_set():
             if self._launched and not self._next_plan_comes():
                 self._answer_oldest()
-            elif self._steps.poll(POLL_MS):
+            elif self._steps.poll(poll_ms):
                 identity, data = self._steps.recv_multipart()
                 if identity == self._router:
                     self._on_step(identity, TO_RANK.decode(data))
+            else:
+                poll_ms = IDLE_MS if self._rank.use_idle_time() else POLL_MS
 
     def _next_plan_comes(self) -> bool:
         """Waits for the next plan while the oldest step runs, if it may be launched before that is done."""

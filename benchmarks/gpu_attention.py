@@ -23,10 +23,10 @@ from actors.kernels.decode_attention import (
     decode_attention,
     store_and_attend,
 )
-from actors.kernels.decode_inputs import PageTable
 from actors.kernels.heads import Heads, store_heads
 from actors.kernels.norm import add_rms_norm
 from actors.kernels.prefill_attention import PackedRuns, packed_attention, run_attention
+from actors.kernels.step_inputs import PageTable
 from benchmarks.gpu_timing import memory_gb_per_s, time_us
 
 CUDA = torch.device("cuda")

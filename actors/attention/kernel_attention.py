@@ -19,8 +19,9 @@ from actors.kernels.decode_attention import (
     decode_attention,
     store_and_attend,
 )
-from actors.kernels.decode_inputs import PageTable
 from actors.kernels.heads import Heads, store_heads
+from actors.kernels.prompt_attention import PromptContext, prompt_attention
+from actors.kernels.step_inputs import PageTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,14 @@ class Singles:
 
     seats_B: Tensor
     positions_B: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompts:
+    """Rows of pieces of prompts: see `PromptContext`."""
+
+    seats_T: Tensor
+    positions_T: Tensor
 
 
 class KernelAttention:
@@ -63,6 +72,25 @@ class KernelAttention:
         """[B, heads * head_dim]: each row over all that its request has stored (of its chunk, in chunked layers)."""
         pages_PSHd, context = self._cache.layers[layer].pages_PSHd, self._context(layer, singles)
         return decode_attention(self.queries(qkv_BQ), pages_PSHd, context, self.heads, self._scratch)
+
+    def attend_with_prompts(self, layer: int, qkv_TQ: Tensor, singles: Singles, prompts: Prompts) -> Tensor:
+        """[T, heads * head_dim]: `attend_singles` of the first rows, those of `singles`, and the rows of prompts
+        likewise. Rows that are neither are of no meaning.
+        """
+        pages_PSHd, is_chunked = self._cache.layers[layer].pages_PSHd, self._config.is_chunked(layer)
+        q_THd = self.queries(qkv_TQ)
+        out_TA = qkv_TQ.new_empty(len(qkv_TQ), self.heads.num_heads * self.heads.head_dim)
+        most = len(singles.seats_B)
+        context = self._context(layer, singles)
+        decode_attention(q_THd[:most], pages_PSHd, context, self.heads, self._scratch, out_TA[:most])
+        of_prompts = PromptContext(
+            seats_T=prompts.seats_T,
+            positions_T=prompts.positions_T,
+            table=self._table(is_chunked),
+            chunk_tokens=self._config.chunk_tokens if is_chunked else 0,
+        )
+        prompt_attention(q_THd, pages_PSHd, of_prompts, self.heads, out_TA)
+        return out_TA
 
     def store_and_attend(
         self,

@@ -11,7 +11,7 @@ import torch
 from actors.attention.kv_cache import KvCache
 from actors.attention.requests import RequestTable
 from actors.checkpoint.config import ModelConfig
-from actors.kernels.decode_inputs import PageTable
+from actors.kernels.step_inputs import PageTable
 from actors.types import Work
 
 

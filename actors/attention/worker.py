@@ -13,7 +13,7 @@ from torch import Tensor
 
 from actors.attention.attention import Attention, StepAttention
 from actors.attention.batch import BatchBuilder, StepInputs
-from actors.attention.decode import DecodeSteps
+from actors.attention.captured import MOST_PROMPT_ROWS, CapturedSteps
 from actors.attention.kernel_attention import KernelAttention
 from actors.attention.kv_cache import KvCache, PagePools, cache_dtype, fit_page_tokens, plan_pages
 from actors.attention.logits import Logits
@@ -74,7 +74,7 @@ class AttentionWorker:
         self.cache: KvCache | None = None
         self._dispatch: Dispatch | None = None
         self._longest_tokens = pipeline.max_model_len or config.max_position_embeddings
-        self._decode: DecodeSteps | None = None
+        self._captured: CapturedSteps | None = None
         self._mixed: MixedAttention | None = None
         self._tables: SeatTables | None = None
 
@@ -123,7 +123,8 @@ class AttentionWorker:
         self._tables = SeatTables(config, cache, max_rows, longest_tokens)
         attention = KernelAttention(config, cache, self._tables, max_rows, device)
         if not self._pipeline.enforce_eager:
-            self._decode = DecodeSteps(self._model, config, attention, max_rows, device, self._pipeline.most_whole_rows)
+            prompt_rows, whole_rows = self._most_captured_rows, self._pipeline.most_whole_rows
+            self._captured = CapturedSteps(self._model, config, attention, max_rows, prompt_rows, device, whole_rows)
         self._mixed = MixedAttention(config, attention, cache, device)
 
     @torch.inference_mode()
@@ -136,8 +137,8 @@ class AttentionWorker:
         assert self.cache is not None
         dispatch = RehearsalDispatch(experts, num_slots, self._config.num_experts, self._device)
         with self._model.rehearsing():
-            if self._decode is not None:
-                self._decode.rehearse(dispatch)
+            if self._captured is not None:
+                self._captured.rehearse(dispatch)
             self._dispatch = dispatch
             for num_tokens in rehearsed_sizes(self._pipeline.max_num_batched_tokens):
                 longest_tokens = min(self._longest_tokens, self._num_pages * self.cache.pools.page_tokens)
@@ -193,15 +194,19 @@ class AttentionWorker:
         if fresh:
             self._requests.clear()
             self._sampler = Sampler(self._config.vocab_size, self._device)
-        if self._decode is not None and keeps_graphs:
-            self._decode.follow(dispatch, brings_tokens)
-        elif self._decode is not None:
-            self._decode.start_epoch(dispatch, self._requests.last_tokens_R, brings_tokens)
+        if self._captured is not None and keeps_graphs:
+            self._captured.follow(dispatch, brings_tokens)
+        elif self._captured is not None:
+            self._captured.start_epoch(dispatch, self._requests.last_tokens_R, brings_tokens)
 
     def capture(self) -> None:
-        """Captures the graphs of all decode steps, now rather than at their first use."""
-        if self._decode is not None:
-            self._decode.capture_all()
+        """Captures the graphs of all steps, now rather than at their first use."""
+        if self._captured is not None:
+            self._captured.capture_all()
+
+    def capture_next(self) -> bool:
+        """One of them, if it is missing: whether it was."""
+        return self._captured is not None and self._captured.capture_next()
 
     def step(self, plan: RankPlan) -> list[SampledToken]:
         """Takes the plan in, runs the step and waits for its tokens, which come in the order of the work."""
@@ -226,11 +231,11 @@ class AttentionWorker:
             return None
         dispatch = self._dispatch
         assert dispatch is not None, "an epoch comes before steps"
-        if self._decode is not None and dispatch.is_capturable and self._decode.takes(plan.work, most_rows):
-            request_idxs = [work.request_idx for work in plan.work]
-            logits, seats_B = self._decode.run(plan.work, self._requests, most_rows)
+        if self._captured is not None and dispatch.is_capturable and self._captured.takes(plan.work, most_rows):
+            logits, seats_B = self._captured.run(plan.work, self._requests, most_rows)
             dispatch.end_step()
-            return self._sample(request_idxs, logits, seats_B)
+            request_idxs = [work.request_idx for work in plan.work if work.samples]
+            return self._sample(request_idxs, logits, seats_B) if request_idxs else None
         if sum(work.num_tokens for work in plan.work) >= self._model.min_large_rows:
             sampled, h_BD, memory_rows_B = self._forward_in_parts(plan.work)
         else:
@@ -311,9 +316,15 @@ class AttentionWorker:
         spared_bytes = int(total_bytes * (1 - self._pipeline.gpu_memory_utilization))
         return max(0, free_bytes - spared_bytes - self._workspace_bytes())
 
+    @property
+    def _most_captured_rows(self) -> int:
+        """Of steps with prompts."""
+        return min(MOST_PROMPT_ROWS, 2 * self._pipeline.max_num_batched_tokens)  # rows of small pieces are padded
+
     def _workspace_bytes(self) -> int:
-        """What a step needs beside weights and cache: activations of every token, logits thrice, the sampler's, a long
-        request's keys and values of one layer, copied out of their pages; and the rows that members of a unit share.
+        """What a step needs beside weights and cache: activations of every token, and again of captured steps; logits
+        thrice, the sampler's, a long request's keys and values of one layer, copied out of their pages; and the rows
+        that members of a unit share.
         """
         config, tokens = self._config, self._pipeline.max_num_batched_tokens
         widest = max(config.dense_width, config.expert_width * config.experts_per_token, config.hidden_size)
@@ -323,5 +334,6 @@ class AttentionWorker:
         num_copied = min(self._longest_tokens, MOST_COPIED_TOKENS)
         copied_bytes = 2 * config.num_kv_heads * config.head_dim * self._dtype.itemsize * num_copied
         shared_bytes = 0 if self._tp_size == 1 else tokens * config.hidden_size * self._dtype.itemsize
-        step_bytes = 8 * tokens * widest * self._dtype.itemsize + shared_bytes
+        captured_rows = 0 if self._pipeline.enforce_eager else self._most_captured_rows
+        step_bytes = 8 * (tokens + captured_rows) * widest * self._dtype.itemsize + shared_bytes
         return step_bytes + logits_bytes + sampler_bytes + copied_bytes

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the name that everybody knows)
 
-from actors.kernels.decode_inputs import PageTable
 from actors.kernels.heads import Heads, store_heads
+from actors.kernels.step_inputs import PageTable
 from actors.kernels.triton_here import HAS_TRITON
 
 MOST_FUSED = 96  # rows times kv heads of `store_and_attend` in one launch; from about there on two take less time
@@ -79,17 +79,24 @@ def _num_sms(device: torch.device) -> int:
 
 
 def decode_attention(
-    q_BHd: Tensor, pages_PSHd: Tensor, context: DecodeContext, heads: Heads, scratch: DecodeScratch
+    q_BHd: Tensor,
+    pages_PSHd: Tensor,
+    context: DecodeContext,
+    heads: Heads,
+    scratch: DecodeScratch,
+    out_BA: Tensor | None = None,
 ) -> Tensor:
-    """softmax(q k / sqrt(d)) v: [B, Hq * head_dim] in q's dtype; zeros in padding rows.
+    """softmax(q k / sqrt(d)) v: [B, Hq * head_dim] in q's dtype, which is `out_BA` if that is given; zeros in padding
+    rows.
 
     q_BHd: [B, Hq, head_dim], rows may be strided, heads may not. pages_PSHd: [P, page_tokens, 2 Hkv, head_dim], keys
     first, of q's dtype or float8_e4m3fn (scale 1). B is at most the scratch's `max_rows`. head_dim is a power of two
     of at least 16.
     """
     if q_BHd.is_cuda and HAS_TRITON:
-        return _with_triton(q_BHd, pages_PSHd, context, heads, scratch)
-    return _with_torch(q_BHd, pages_PSHd, context, heads)
+        return _with_triton(q_BHd, pages_PSHd, context, heads, scratch, out_BA=out_BA)
+    found_BA = _with_torch(q_BHd, pages_PSHd, context, heads)
+    return found_BA if out_BA is None else out_BA.copy_(found_BA)
 
 
 def store_and_attend(
@@ -179,6 +186,7 @@ def _with_triton(
     scratch: DecodeScratch,
     newest: NewestTokens | None = None,
     tile: Tile | None = None,
+    out_BA: Tensor | None = None,
 ) -> Tensor:
     """With `newest`, `q_BHd` has all heads of the rows' tokens, which are not ready."""
     import triton
@@ -186,7 +194,8 @@ def _with_triton(
     from actors.kernels.decode_attention_triton import decode_kernel
 
     num_rows = q_BHd.shape[0]
-    out_BA = torch.empty((num_rows, heads.num_heads * heads.head_dim), dtype=q_BHd.dtype, device=q_BHd.device)
+    if out_BA is None:
+        out_BA = torch.empty((num_rows, heads.num_heads * heads.head_dim), dtype=q_BHd.dtype, device=q_BHd.device)
     if not num_rows:
         return out_BA
     if tile is None:

@@ -7,9 +7,9 @@ from unit.kernels import attention_cases as cases
 
 from actors.kernels import decode_attention
 from actors.kernels.decode_attention import DecodeContext, DecodeScratch
-from actors.kernels.decode_inputs import PageTable
 from actors.kernels.heads import Heads
 from actors.kernels.prefill_attention import PackedRuns, packed_attention, run_attention
+from actors.kernels.step_inputs import PageTable
 
 pytestmark = pytest.mark.gpu
 
@@ -70,6 +70,13 @@ def test_heads_and_decode_at_once(
 ) -> None:
     for rotates in (False, True):
         cases.check_store_and_attend(cases.PUBLIC, CUDA, dtype, cache_dtype, shape, case, rotates)
+
+
+@pytest.mark.parametrize(("dtype", "cache_dtype"), [(FP32, FP32), (BF16, BF16), (FP16, FP16), (BF16, FP8)])
+@pytest.mark.parametrize("shape", [cases.TINY, cases.SCOUT_QUARTER, cases.SCOUT])
+@pytest.mark.parametrize("case", [*cases.PROMPT_CASES, cases.PromptCase(pieces=((0, 512), (200, 300)), table_width=32)])
+def test_prompts(dtype: torch.dtype, cache_dtype: torch.dtype, shape: Heads, case: cases.PromptCase) -> None:
+    cases.check_prompts(cases.PUBLIC, CUDA, dtype, cache_dtype, shape, case)
 
 
 def long_context(num_rows: int, num_tokens: int, shape: Heads, num_pages: int, far: bool) -> tuple[Tensor, PageTable]:

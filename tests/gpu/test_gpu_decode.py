@@ -58,10 +58,11 @@ def greedy_tokens(model: LocalModel, batch: int, steps: int = STEPS) -> list[lis
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
 def test_graphs_give_the_tokens_of_steps_without_them(checkpoint: Path, kv_cache_dtype: str) -> None:
-    eager = load(checkpoint, "cuda:0", dtype="bfloat16", enforce_eager=True, kv_cache_dtype=kv_cache_dtype)
+    """In bf16 they need not: attention's kernels are others there, and round elsewhere."""
+    eager = load(checkpoint, "cuda:0", dtype="float32", enforce_eager=True, kv_cache_dtype=kv_cache_dtype)
     expected = greedy_tokens(eager, BATCH)
-    graphs = load(checkpoint, "cuda:0", dtype="bfloat16", kv_cache_dtype=kv_cache_dtype)
-    assert graphs.attention._decode is not None and eager.attention._decode is None
+    graphs = load(checkpoint, "cuda:0", dtype="float32", kv_cache_dtype=kv_cache_dtype)
+    assert graphs.attention._captured is not None and eager.attention._captured is None
     assert greedy_tokens(graphs, BATCH) == expected
 
 
@@ -107,7 +108,7 @@ def _replace_gate(model: LocalModel, choose: Any) -> None:
             choice: Choice = choose(*args)
             return choice
 
-    model.attention._model._gate = Replaced(model.config, "model")
+    model.attention._model._gate = Replaced(model.config, "model", model.attention._device)
 
 
 def divergences(directory: Path, device: str, sizes: list[int], **keys: object) -> tuple[Tensor, Tensor]:

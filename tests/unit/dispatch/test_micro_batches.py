@@ -19,7 +19,7 @@ from test_collective import (
 )
 from test_symmetric import CPU, HIDDEN, on_all, shape_of
 
-from actors.attention.decode import bucket_sizes
+from actors.attention.captured import sizes_of_singles
 from actors.dispatch.contract import build_routing_table
 from actors.dispatch.micro_batches import MicroBatches, room_of_half, rows_of_first
 from actors.dispatch.peer_memory import SharedMemory
@@ -115,7 +115,7 @@ def test_ranks_agree_whatever_padding_they_know_of() -> None:
     """An attention rank captures a step of so many rows as its graph has, the others know the tokens of the plan."""
     (dispatch,), _ = started(LAYOUTS["colocated 1"], Model(NUM_EXPERTS, HIDDEN))
     for max_rows in (12, 20, 100):
-        sizes = bucket_sizes(max_rows)
+        sizes = sizes_of_singles(max_rows)
         for num_rows in range(1, max_rows + 1):
             dispatch.begin_step((num_rows,))
             known = dispatch.is_divided, [part.block_rows for part, _ in dispatch.parts(num_rows)]

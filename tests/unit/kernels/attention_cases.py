@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from actors.kernels import decode_attention, heads, norm
+from actors.kernels import decode_attention, heads, norm, prompt_attention
 from actors.kernels.decode_attention import DecodeContext, DecodeScratch, NewestTokens
-from actors.kernels.decode_inputs import PageTable
 from actors.kernels.heads import Heads
+from actors.kernels.prompt_attention import TILE_ROWS, PromptContext
+from actors.kernels.step_inputs import PageTable
 
 TINY = Heads(num_heads=10, num_kv_heads=2, head_dim=16, qk_norm_eps=1e-5)
 SCOUT = Heads(num_heads=40, num_kv_heads=8, head_dim=128, qk_norm_eps=1e-5)
@@ -30,6 +31,7 @@ class Implementation:
     store_heads: Callable[..., None]
     decode: Callable[..., Tensor]
     store_and_attend: Callable[..., Tensor]
+    prompts: Callable[..., None]
 
 
 PUBLIC = Implementation(
@@ -37,6 +39,7 @@ PUBLIC = Implementation(
     store_heads=heads.store_heads,
     decode=decode_attention.decode_attention,
     store_and_attend=decode_attention.store_and_attend,
+    prompts=prompt_attention.prompt_attention,
 )
 
 
@@ -237,3 +240,72 @@ def check_store_and_attend(
     torch.testing.assert_close(out_BA, expected_BA, rtol=tolerance, atol=tolerance)
     near = 0.13 if cache_dtype == torch.float8_e4m3fn else tolerance / 2
     torch.testing.assert_close(kept_PSHd, expected_PSHd, rtol=near, atol=near)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptCase:
+    """Pieces of requests: first position and number of tokens. `num_singles` rows lie before them."""
+
+    pieces: tuple[tuple[int, int], ...]
+    num_singles: int = 0
+    page_tokens: int = 16
+    chunk_tokens: int = 0
+    table_width: int = 8
+
+
+def check_prompts(
+    do: Implementation,
+    device: torch.device,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    shape: Heads,
+    case: PromptCase,
+) -> None:
+    """Rows of prompts get the slow answer, all others are left alone."""
+    generator = torch.Generator().manual_seed(sum(map(sum, case.pieces)))
+    num_seats, width, page_tokens = len(case.pieces) + 2, case.table_width, case.page_tokens
+    pages_PSHd = torch.randn(
+        num_seats * width, page_tokens, 2 * shape.num_kv_heads, shape.head_dim, generator=generator
+    ).to(cache_dtype)
+    table_SW = torch.randperm(num_seats * width, generator=generator).view(num_seats, width).int()
+    if cache_dtype != torch.float8_e4m3fn:
+        for seat, (start, num_tokens) in enumerate(case.pieces):  # what the page's last owner left
+            page = int(table_SW[seat, (start + num_tokens - 1) // page_tokens % width])
+            pages_PSHd[page, (start + num_tokens - 1) % page_tokens + 1 :] = torch.nan
+    firsts, row = [], case.num_singles
+    for _, num_tokens in case.pieces:
+        firsts.append(-(-row // TILE_ROWS) * TILE_ROWS)
+        row = firsts[-1] + num_tokens
+    num_rows = row + 3
+    seats_T = torch.full((num_rows,), -1, dtype=torch.int32)
+    positions_T = torch.zeros(num_rows, dtype=torch.int64)
+    qkv_THd = torch.randn(num_rows, shape.num_heads + 5, shape.head_dim, generator=generator).to(dtype)
+    expected_THd = torch.full((num_rows, shape.num_heads, shape.head_dim), 7.0, dtype=torch.float64)
+    for seat, ((start, num_tokens), first) in enumerate(zip(case.pieces, firsts, strict=True)):
+        seats_T[first : first + num_tokens] = seat
+        positions_T[first : first + num_tokens] = torch.arange(start, start + num_tokens)
+        begin = start - start % case.chunk_tokens if case.chunk_tokens else 0
+        where = torch.arange(begin, start + num_tokens)
+        kv_LHd = pages_PSHd[table_SW[seat][where // page_tokens % width].long(), where % page_tokens].double()
+        k_HLd, v_HLd = kv_LHd.repeat_interleave(shape.queries_per_kv, 1).transpose(0, 1).chunk(2)
+        q_HQd = qkv_THd[first : first + num_tokens, : shape.num_heads].double().transpose(0, 1)
+        scores_HQL = q_HQd @ k_HLd.transpose(1, 2) / math.sqrt(shape.head_dim)
+        unseen_QL = where[None] > torch.arange(start, start + num_tokens)[:, None]
+        shares_HQL = scores_HQL.masked_fill(unseen_QL, -math.inf).softmax(-1)
+        expected_THd[first : first + num_tokens] = (shares_HQL @ v_HLd).transpose(0, 1)
+    context = PromptContext(
+        seats_T=seats_T.to(device), positions_T=positions_T.to(device),
+        table=PageTable(pages_SW=table_SW.to(device), page_tokens=page_tokens), chunk_tokens=case.chunk_tokens,
+    )  # fmt: skip
+    out_TA = torch.full((num_rows, shape.num_heads * shape.head_dim), 7.0, dtype=dtype, device=device)
+    do.prompts(qkv_THd.to(device)[:, : shape.num_heads], pages_PSHd.to(device), context, shape, out_TA)
+    tolerance = TOLERANCES[dtype]
+    torch.testing.assert_close(out_TA.cpu().double(), expected_THd.flatten(1), rtol=tolerance, atol=tolerance)
+
+
+PROMPT_CASES = (
+    PromptCase(pieces=((0, 5),)),
+    PromptCase(pieces=((0, 16), (30, 33), (0, 2)), num_singles=3),
+    PromptCase(pieces=((64, 17), (100, 27), (0, 64)), chunk_tokens=64, table_width=4),
+    PromptCase(pieces=((700, 68), (640, 128)), num_singles=17, chunk_tokens=128, table_width=9),  # more than a chunk
+)

@@ -12,7 +12,7 @@ import torch
 from interpreter import let_ranges_have_tensor_bounds, run_interpreted
 from torch import Tensor
 
-from actors.kernels import decode_attention, heads, norm
+from actors.kernels import decode_attention, heads, norm, prompt_attention
 from actors.kernels.decode_attention import DecodeContext, DecodeScratch, NewestTokens, Tile
 from actors.kernels.heads import Heads
 from actors.kernels.triton_here import HAS_TRITON
@@ -46,6 +46,9 @@ def main() -> None:
         (cases.DecodeCase(positions=(33,)), True, 9),
     ):
         cases.check_store_and_attend(_with_triton(), CPU, FP32, FP32, cases.TINY, case, rotates, num_shares)
+    for case in cases.PROMPT_CASES[1:3]:
+        cases.check_prompts(_with_triton(), CPU, FP32, FP32, cases.TINY, case)
+    cases.check_prompts(_with_triton(), CPU, FP16, FP8, cases.TINY, cases.PROMPT_CASES[0])
 
 
 def _add_rms_norm(h_TD: Tensor, deltas: list[Tensor | None], weight_D: Tensor, eps: float) -> Tensor:
@@ -59,6 +62,7 @@ def _with_triton() -> cases.Implementation:
         store_heads=heads._with_triton,
         decode=partial(decode_attention._with_triton, tile=tile),
         store_and_attend=partial(_store_and_attend, tile),
+        prompts=prompt_attention._with_triton,
     )
 
 

@@ -40,3 +40,9 @@ def test_heads(dtype: torch.dtype, cache_dtype: torch.dtype, rotates: bool) -> N
 )
 def test_decode(dtype: torch.dtype, cache_dtype: torch.dtype, case: cases.DecodeCase) -> None:
     cases.check_decode(cases.PUBLIC, CPU, dtype, cache_dtype, cases.TINY, case)
+
+
+@pytest.mark.parametrize(("dtype", "cache_dtype"), [(FP32, FP32), (BF16, FP8)])
+@pytest.mark.parametrize("case", cases.PROMPT_CASES)
+def test_prompts(dtype: torch.dtype, cache_dtype: torch.dtype, case: cases.PromptCase) -> None:
+    cases.check_prompts(cases.PUBLIC, CPU, dtype, cache_dtype, cases.TINY, case)

@@ -1,14 +1,15 @@
-"""Decode steps as the device runs them (without the graph) against the same steps computed row by row."""
+"""Captured steps as the device runs them (without the graph) against the same steps computed row by row."""
 
 import itertools
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from actors.attention import worker
-from actors.attention.decode import bucket_sizes
+from actors.attention.captured import Shape, sizes_of_prompts, sizes_of_singles
 from actors.attention.local_model import LocalModel
 from actors.errors import ConfigError
 from actors.router.limits import SchedulerLimits
@@ -43,7 +44,7 @@ def on_the_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("variant", ["maverick", "scout", "top2"])
-def test_decode_steps_give_the_tokens_of_mixed_steps(
+def test_captured_steps_give_the_tokens_of_others(
     make_case: Callable, variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Random requests under the real scheduler: admissions, chunks that turn, preemption, seats used again."""
@@ -51,28 +52,27 @@ def test_decode_steps_give_the_tokens_of_mixed_steps(
     plain = case.load(max_num_seqs=SEATS, max_model_len=80)
     monkeypatch.setattr(worker, "uses_kernels", lambda *_: True)
     ours = case.load(max_num_seqs=SEATS, max_model_len=80)
-    decode = ours.attention._decode
-    assert decode is not None and plain.attention._decode is None
-    runs = 0
-    original = decode.run
+    captured = ours.attention._captured
+    assert captured is not None and plain.attention._captured is None
+    runs = {False: 0, True: 0}
+    original = captured._forward
 
-    def counted(*args: object) -> object:
-        nonlocal runs
-        runs += 1
-        return original(*args)  # type: ignore[arg-type]
+    def counted(shape: Shape, *args: Any) -> Any:
+        runs[shape.has_prompts] += 1
+        return original(shape, *args)
 
-    decode.run = counted  # type: ignore[method-assign, assignment]
+    monkeypatch.setattr(captured, "_forward", counted)
     draw = random.Random(3)
     requests = [
         Request(
             request_id=str(i),
-            prompt_ids=case.prompts[i % 3][: draw.choice((1, 3, 15, 16, 17, 40))],
+            prompt_ids=case.prompts[i % 3][: draw.choice((1, 3, 7, 9, 12, 15, 16, 17, 40))],
             sampling=SamplingParams(
                 max_tokens=draw.choice((1, 20, 35)), temperature=draw.choice((0.0, 0.8)), seed=i,
                 repetition_penalty=draw.choice((1.0, 1.2)),
             ),
         )
-        for i in range(14)
+        for i in range(24)
     ]  # fmt: skip
 
     def answer(plan: RankPlan) -> list[SampledToken]:
@@ -81,7 +81,8 @@ def test_decode_steps_give_the_tokens_of_mixed_steps(
         return expected
 
     assert plans_of(plain, requests, answer) > 0, "the pages were to run out"
-    assert runs > 30
+    assert runs[False] > 30
+    assert runs[True] > 8
 
 
 @pytest.mark.usefixtures("on_the_device")
@@ -113,7 +114,15 @@ def test_more_requests_than_a_gpu_decodes_are_refused_by_name(make_case: Callabl
 
 def test_the_buckets_hold_every_batch() -> None:
     for most in (1, 2, 3, 8, 100, 256, 700):
-        sizes = bucket_sizes(most)
+        sizes = sizes_of_singles(most)
         assert sizes == sorted(set(sizes)) and sizes[-1] == most
         assert all(b <= 2 * a or b - a <= 8 for a, b in itertools.pairwise(sizes))
-    assert torch.tensor(bucket_sizes(256)).diff().max() <= 16
+    assert torch.tensor(sizes_of_singles(256)).diff().max() <= 16
+
+
+def test_the_buckets_of_steps_with_prompts_waste_little() -> None:
+    assert sizes_of_prompts(0) == []
+    for most in (24, 32, 100, 1000, 2048):
+        sizes = sizes_of_prompts(most)
+        assert sizes == sorted(set(sizes)) and sizes[-1] == most
+        assert all(b - a <= max(64, a / 2) for a, b in itertools.pairwise(sizes))
