@@ -192,6 +192,7 @@ def _with_triton(
     import triton
 
     from actors.kernels.decode_attention_triton import decode_kernel
+    from actors.kernels.early_triton import early
 
     num_rows = q_BHd.shape[0]
     if out_BA is None:
@@ -226,5 +227,6 @@ def _with_triton(
         JOIN_GROUP=join_group, JOIN_PIECES=max(2, pieces),
         PRECISION="ieee" if q_BHd.dtype == torch.float32 else "tf32",
         STORES=newest is not None, NORMS=heads.qk_norm_eps is not None, num_warps=tile.warps, num_stages=tile.stages,
+        **early(),
     )  # fmt: skip
     return out_BA

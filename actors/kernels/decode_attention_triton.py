@@ -9,6 +9,7 @@ only where it is installed. Names: R rows, G queries of a kv head and the head's
 import triton
 import triton.language as tl
 
+from actors.kernels.early_triton import await_inputs
 from actors.kernels.heads_triton import as_kept, turned
 
 
@@ -130,6 +131,24 @@ def decode_kernel(
     else:
         position = tl.load(positions + row).to(tl.int32)
         seat = tl.load(seats + row)
+    position = tl.maximum(position, 0)
+    start = 0
+    if chunk_tokens > 0:
+        start = position - position % chunk_tokens
+    num_keys = position + 1 - start
+    num_tiles = tl.cdiv(num_keys, KEYS)
+    num_pieces = tl.cdiv(num_tiles, share)
+    low = (piece - first_piece) * num_tiles // num_pieces * KEYS
+    high = tl.minimum((piece - first_piece + 1) * num_tiles // num_pieces * KEYS, num_keys)
+    if STORES:
+        high = tl.minimum(high, num_keys - 1)
+    table_row = table + tl.maximum(seat, 0).to(tl.int64) * table_stride
+    first_column = (start // PAGE_TOKENS) % table_width
+    keys = pages + kv_head * HEAD_DIM
+    values_offset = NUM_KV_HEADS * HEAD_DIM
+    lane = tl.arange(0, KEYS)
+    page_N = _pages_of(table_row, low + lane, high, first_column, table_width, PAGE_TOKENS)
+    await_inputs()
     q_row = q + row.to(tl.int64) * q_stride
     if STORES:
         head = tl.where(g < GROUP, kv_head * GROUP + g, NUM_KV_HEADS * GROUP + kv_head)
@@ -143,26 +162,9 @@ def decode_kernel(
         if piece == first_piece:
             tl.store(out_at, tl.zeros((GROUP_BLOCK, HEAD_DIM), out.dtype.element_ty), mask=is_query)
         return
-    start = 0
-    if chunk_tokens > 0:
-        start = position - position % chunk_tokens
-    num_keys = position + 1 - start
-    num_tiles = tl.cdiv(num_keys, KEYS)
-    num_pieces = tl.cdiv(num_tiles, share)
-    low = (piece - first_piece) * num_tiles // num_pieces * KEYS
-    high = tl.minimum((piece - first_piece + 1) * num_tiles // num_pieces * KEYS, num_keys)
-
-    table_row = table + seat.to(tl.int64) * table_stride
-    first_column = (start // PAGE_TOKENS) % table_width
-    keys = pages + kv_head * HEAD_DIM
-    values_offset = NUM_KV_HEADS * HEAD_DIM
-    lane = tl.arange(0, KEYS)
     peak_G = tl.full((GROUP_BLOCK,), float("-inf"), tl.float32)
     sum_G = tl.zeros((GROUP_BLOCK,), tl.float32)
     sum_Gd = tl.zeros((GROUP_BLOCK, HEAD_DIM), tl.float32)
-    if STORES:
-        high = tl.minimum(high, num_keys - 1)
-    page_N = _pages_of(table_row, low + lane, high, first_column, table_width, PAGE_TOKENS)
     if STORES:
         # The newest token's key and value are here: its row's last piece begins with them, and stores them.
         if rotates != 0:

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from actors.kernels.early_triton import await_inputs, early
 from actors.kernels.grouped_triton import (
     GROUP,
     GROUP_WORDS,
@@ -64,6 +65,7 @@ def few_rows_kernel(
 
     Weights are plain or INT4, of which BLOCK_I is a group. Else as `grouped_kernel`.
     """
+    await_inputs()
     pid = tl.program_id(0)
     tile_o = pid % tiles_o
     tile_t = pid // tiles_o
@@ -156,5 +158,5 @@ def launch_few_rows(
         BLOCK_O=tiles.outputs, BLOCK_T=tiles.rows, BLOCK_I=tiles.inputs, WARPS=tiles.warps, SPLIT=tiles.split,
         SLOTS=triton.next_power_of_2(num_slots), EVEN_I=inputs % (tiles.inputs * tiles.warps) == 0,
         ROUND=TRITON_DTYPES.get(y_PNO.dtype if swiglu else torch.float32),
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        num_warps=tiles.warps, num_stages=tiles.stages, **early(),
     )  # fmt: skip

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from actors.kernels.early_triton import await_inputs, early
 from actors.kernels.route import GATE_TOKENS
 
 # Inputs of a program: of many rows as of one, so that a row's sums have one order. H200, 128 experts, us: 4.4 (1 row),
@@ -54,6 +55,7 @@ def choose_kernel(
     TOP_K: tl.constexpr, UNIFORM: tl.constexpr, PADDED: tl.constexpr, COUNTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per token."""
+    await_inputs()
     tokens = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     experts = tl.arange(0, BLOCK)[None, :]
     at = logits_ptr + tokens[:, None] * num_experts + experts
@@ -83,6 +85,7 @@ def gate_kernel(
     inside = (columns < width)[None, :]
     router_at = router_ptr + experts[:, None] * width + columns[None, :]
     router = tl.load(router_at, mask=(experts < num_experts)[:, None] & inside, other=0.0)
+    await_inputs()
     x_at = x_ptr + tokens[:, None] * width + columns[None, :]
     x = tl.load(x_at, mask=(tokens < num_tokens)[:, None] & inside, other=0.0)
     part = tl.dot(x, tl.trans(router), input_precision="ieee")
@@ -110,6 +113,7 @@ def gate_kernel(
 @triton.jit(do_not_specialize=["num_tokens"])
 def lots_kernel(positions_ptr, lots_ptr, num_tokens, BLOCK: tl.constexpr):
     """One program per layer and BLOCK tokens. See `route.draw_lots`."""
+    await_inputs()
     layer = tl.program_id(0).to(tl.int64)
     tokens = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = tokens < num_tokens
@@ -127,7 +131,7 @@ def launch_choose(
     choose_kernel[(num_tokens,)](
         logits_TE, lots_T, _as_bytes(is_padding_T1), ids_TK, scores_TK, counts_E, num_tokens, num_experts,
         TOP_K=ids_TK.shape[1], UNIFORM=lots_T is not None, PADDED=is_padding_T1 is not None,
-        COUNTED=counts_E is not None, BLOCK=triton.next_power_of_2(num_experts), num_warps=1,
+        COUNTED=counts_E is not None, BLOCK=triton.next_power_of_2(num_experts), num_warps=1, **early(),
     )  # fmt: skip
 
 
@@ -145,13 +149,14 @@ def launch_gate(
         num_tokens, num_experts, width,
         TOP_K=ids_TK.shape[1], UNIFORM=lots_T is not None, PADDED=is_padding_T1 is not None,
         COUNTED=counts_E is not None, BLOCK=triton.next_power_of_2(num_experts), TOKENS=GATE_TOKENS, EXPERTS=experts,
-        INPUTS=GATE_INPUTS, SPLITS=splits, JOINED=1 if num_tokens == 1 else GATE_TOKENS, num_warps=warps,
+        INPUTS=GATE_INPUTS, SPLITS=splits, JOINED=1 if num_tokens == 1 else GATE_TOKENS, num_warps=warps, **early(),
     )  # fmt: skip
 
 
 def launch_lots(positions_T: Tensor, lots_MT: Tensor) -> None:
     num_layers, num_tokens = lots_MT.shape
-    lots_kernel[(num_layers, triton.cdiv(num_tokens, LOTS_BLOCK))](positions_T, lots_MT, num_tokens, BLOCK=LOTS_BLOCK)
+    grid = num_layers, triton.cdiv(num_tokens, LOTS_BLOCK)
+    lots_kernel[grid](positions_T, lots_MT, num_tokens, BLOCK=LOTS_BLOCK, **early())
 
 
 def _as_bytes(is_padding_T1: Tensor | None) -> Tensor | None:

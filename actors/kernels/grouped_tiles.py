@@ -58,7 +58,7 @@ def choose_few_rows(
         return None
     if num_rows == 1:
         step = next(step for step in (1024, 512, 256) if inputs % step == 0 or step == 256)
-        return OneRowTiles(outputs=8 if swiglu else 4, inputs=step, unroll=1 if step == 1024 else 5, warps=4)
+        return OneRowTiles(outputs=8 if swiglu else 4, inputs=step, unroll=1 if step == 1024 else 4, warps=4)
     # One program for about each multiprocessor, or cuBLAS is ahead.
     block = next((block for block in (16, 32, 64) if 96 <= -(-outputs // block) <= 132), None)
     if block is None or inputs % 512 != 0:

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from actors.kernels.early_triton import await_inputs, early
 from actors.kernels.quantize_triton import TRITON_DTYPES
 
 PLAIN, FP8, INT4 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -139,6 +140,7 @@ def grouped_kernel(
     With SWIGLU half of BLOCK_O are gates, the others their ups, and silu(gate) * up is written (in word order if so
     asked). Programs run through `group_o` tiles of outputs before the next tile of rows. SINGLE: one slot, all rows.
     """
+    await_inputs()
     pid = tl.program_id(0)
     split = tl.program_id(1)
     FEATURES: tl.constexpr = BLOCK_O // 2 if SWIGLU else BLOCK_O
@@ -246,5 +248,5 @@ def launch_grouped(
         BLOCK_O=tiles.outputs, BLOCK_T=tiles.rows, BLOCK_I=tiles.inputs, SPLIT=tiles.split,
         SLOTS=triton.next_power_of_2(num_slots), EVEN_I=inputs % tiles.inputs == 0,
         ROUND=TRITON_DTYPES.get(y_PNO.dtype if swiglu else torch.float32),
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        num_warps=tiles.warps, num_stages=tiles.stages, **early(),
     )  # fmt: skip

@@ -82,6 +82,7 @@ def _store(kv_THd: Tensor, tokens_NHd: Tensor, write_slots_T: Tensor) -> None:
 
 
 if HAS_TRITON:
+    from actors.kernels.early_triton import await_inputs, early
     from actors.kernels.heads_triton import as_kept, turned
 
     @triton.jit  # type: ignore[untyped-decorator]
@@ -92,6 +93,7 @@ if HAS_TRITON:
         HEAD_DIM: tl.constexpr,
     ):  # fmt: skip
         """One program per token and BLOCK_H heads, which may be of all three kinds."""
+        await_inputs()
         token = tl.program_id(0).to(tl.int64)
         head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
         dims = tl.arange(0, HEAD_DIM)
@@ -134,5 +136,5 @@ def _with_triton(
         qkv_TN.stride(0), tokens_NHd.stride(0), 0 if rotations_TR2 is None else rotations_TR2.stride(0),
         heads.num_heads, heads.num_kv_heads, 0.0 if heads.qk_norm_eps is None else heads.qk_norm_eps,
         ROTATES=rotates, NORMS=heads.qk_norm_eps is not None, TEMPERS=not rotates and temperatures_T is not None,
-        BLOCK_H=_HEADS_PER_PROGRAM, HEAD_DIM=heads.head_dim, num_warps=4 if heads.head_dim >= 128 else 1,
+        BLOCK_H=_HEADS_PER_PROGRAM, HEAD_DIM=heads.head_dim, num_warps=4 if heads.head_dim >= 128 else 1, **early(),
     )  # fmt: skip

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from actors.kernels.early_triton import await_inputs, early
+
 WARPS = 16
 MAX_BLOCK = 8192  # numbers that a program reads at once
 
@@ -51,6 +53,7 @@ def largest_of_row(x, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def largest_kernel(x, values, columns, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    await_inputs()
     row = tl.program_id(0).to(tl.int64)
     key = largest_of_row(x + row * x_stride, WIDTH, BLOCK)
     tl.store(values + row, value_of((key >> 32).to(tl.int32)))
@@ -62,7 +65,9 @@ def launch_largest(x_BV: Tensor) -> tuple[Tensor, Tensor]:
     values_B = torch.empty(num_rows, dtype=torch.float32, device=x_BV.device)
     columns_B = torch.empty(num_rows, dtype=torch.int64, device=x_BV.device)
     block, warps = block_of(width)
-    largest_kernel[(num_rows,)](x_BV, values_B, columns_B, x_BV.stride(0), WIDTH=width, BLOCK=block, num_warps=warps)
+    largest_kernel[(num_rows,)](
+        x_BV, values_B, columns_B, x_BV.stride(0), WIDTH=width, BLOCK=block, num_warps=warps, **early()
+    )
     return values_B, columns_B
 
 

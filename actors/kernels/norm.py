@@ -43,6 +43,7 @@ def _row_norm(width: int, eps: float, dtype: torch.dtype, device: torch.device) 
 
 
 if HAS_TRITON:
+    from actors.kernels.early_triton import await_inputs, early
 
     @triton.jit  # type: ignore[untyped-decorator]
     def _add_rms_norm_kernel(  # type: ignore[no-untyped-def]
@@ -54,6 +55,8 @@ if HAS_TRITON:
         columns = tl.arange(0, BLOCK)
         inside = columns < width
         dtype = h.dtype.element_ty
+        weights = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+        await_inputs()
         values = tl.load(h + row * h_stride + columns, mask=inside, other=0.0).to(tl.float32)
         if NUM_DELTAS > 0:
             added = tl.load(a + row * a_stride + columns, mask=inside, other=0.0).to(tl.float32)
@@ -65,7 +68,6 @@ if HAS_TRITON:
             values = total.to(tl.float32)
         scale = tl.rsqrt(tl.sum(values * values, axis=0) / width + eps)
         normed = (values * scale).to(dtype).to(tl.float32)
-        weights = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
         tl.store(x + row * x_stride + columns, (normed * weights).to(dtype), mask=inside)
 
 
@@ -79,6 +81,6 @@ def _with_triton(h_TD: Tensor, deltas: Sequence[Tensor], weight_D: Tensor, eps: 
     block = triton.next_power_of_2(width)
     _add_rms_norm_kernel[(num_rows,)](
         h_TD, a_TD, b_TD, weight_D, x_TD, h_TD.stride(0), a_TD.stride(0), b_TD.stride(0), x_TD.stride(0), width, eps,
-        NUM_DELTAS=len(deltas), BLOCK=block, num_warps=8 if block >= _WIDE_ROW else 4,
+        NUM_DELTAS=len(deltas), BLOCK=block, num_warps=8 if block >= _WIDE_ROW else 4, **early(),
     )  # fmt: skip
     return x_TD

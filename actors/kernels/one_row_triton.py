@@ -1,7 +1,7 @@
 """Triton's product of one row and plain weights, without tensor cores: threads multiply what they load, in fp32.
 
-Nothing passes through shared memory until the sums are done, so that all loads are on their way from the start. Owns
-that one case; more rows are for the other kernels.
+Nothing passes through shared memory until the sums are done, so that all loads are on their way from the start: the
+first weights even before the row is there. Owns that one case; more rows are for the other kernels.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped, type-arg, misc"
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from actors.kernels.early_triton import await_inputs, early
 from actors.kernels.grouped_triton import gated, weight_rows
 from actors.kernels.quantize_triton import TRITON_DTYPES
 
@@ -28,8 +29,10 @@ def one_row_kernel(
     rows_o = weight_rows(tile_o, outputs, SWIGLU, BLOCK_O)
     i = tl.arange(0, BLOCK_I)
     w_at = w_ptr + rows_o[:, None].to(tl.int64) * inputs + i[None, :]
-    products = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
-    for at in tl.range(0, inputs, BLOCK_I, loop_unroll_factor=UNROLL):
+    w = tl.load(w_at, mask=(i < inputs)[None, :], other=0.0)
+    await_inputs()
+    products = w.to(tl.float32) * tl.load(x_ptr + i, mask=i < inputs, other=0.0).to(tl.float32)[None, :]
+    for at in tl.range(BLOCK_I, inputs, BLOCK_I, loop_unroll_factor=UNROLL):
         if EVEN_I:
             w = tl.load(w_at + at)
             x = tl.load(x_ptr + at + i)
@@ -49,7 +52,7 @@ def one_row_kernel(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OneRowTiles:
-    """Outputs of a program, its inputs in a step, steps whose loads are issued together, and warps."""
+    """Outputs of a program, its inputs in a step, steps after the first whose loads are issued together, and warps."""
 
     outputs: int
     inputs: int
@@ -64,5 +67,5 @@ def launch_one_row(x_1I: Tensor, weight_OI: Tensor, y_1O: Tensor, tiles: OneRowT
         x_1I, weight_OI, y_1O, outputs, inputs,
         SWIGLU=swiglu, BLOCK_O=tiles.outputs, BLOCK_I=tiles.inputs, UNROLL=tiles.unroll,
         EVEN_I=inputs % tiles.inputs == 0, ROUND=TRITON_DTYPES[y_1O.dtype if swiglu else torch.float32],
-        num_warps=tiles.warps, num_stages=1,
+        num_warps=tiles.warps, num_stages=1, **early(),
     )  # fmt: skip

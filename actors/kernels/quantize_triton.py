@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from actors.kernels.early_triton import await_inputs, early
+
 FP8_MAX = tl.constexpr(448.0)
 MAX_FEW = 128  # rows, about one for each multiprocessor
 PLAIN, FP8, WORD_ORDER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # how a row is written
@@ -54,6 +56,7 @@ def write_row(values, columns, mask, y_ptr, scale_ptr, row, width, MODE: tl.cons
 
 @triton.jit
 def rows_kernel(x_ptr, y_ptr, scale_ptr, width, MODE: tl.constexpr, BLOCK: tl.constexpr):
+    await_inputs()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < width
@@ -72,6 +75,7 @@ def swiglu_kernel(
 
     FEW: reads the row before it knows whether it is one of those that are placed.
     """
+    await_inputs()
     row = tl.program_id(0).to(tl.int64)
     if LIMITED:
         end = tl.load(ends_ptr + num_slots - 1)
@@ -107,7 +111,8 @@ def row_warps(block: int, num_rows: int) -> int:
 def launch_rows(x_ND: Tensor, y_ND: Tensor, scale_N1: Tensor | None, mode: int) -> None:
     num_rows, width = x_ND.shape
     block = triton.next_power_of_2(width)
-    rows_kernel[(num_rows,)](x_ND, y_ND, scale_N1, width, mode, block, num_warps=row_warps(block, num_rows))
+    warps = row_warps(block, num_rows)
+    rows_kernel[(num_rows,)](x_ND, y_ND, scale_N1, width, mode, block, num_warps=warps, **early())
 
 
 def launch_swiglu(
@@ -121,5 +126,5 @@ def launch_swiglu(
     swiglu_kernel[(num_rows,)](
         x_PNF, y_NF, scale_N1, ends_S, num_slots, num_rows, width,
         SPLIT=num_parts, LIMITED=ends_S is not None, FEW=num_rows <= MAX_FEW, ROUND=TRITON_DTYPES[round_to], MODE=mode,
-        BLOCK=block, num_warps=row_warps(block, num_rows),
+        BLOCK=block, num_warps=row_warps(block, num_rows), **early(),
     )  # fmt: skip

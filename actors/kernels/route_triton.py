@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from actors.kernels.early_triton import await_inputs, early
 from actors.kernels.quantize_triton import MAX_FEW, WORD_ORDER, row_warps, word_order, write_row
 
 BLOCK_ROWS = 256  # rows that a program of the large placement counts
@@ -36,6 +37,7 @@ def count_kernel(
     SLOTS: tl.constexpr,
 ):
     """Rows of each slot in each block of rows: [blocks, slots]."""
+    await_inputs()
     block = tl.program_id(0)
     rows = block * ROWS + tl.arange(0, ROWS)
     slots = tl.arange(0, SLOTS)
@@ -50,6 +52,7 @@ def place_kernel(
     TABLE: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Where each row of a block goes: after the rows of smaller slots, and those of its own slot before it."""
+    await_inputs()
     block = tl.program_id(0)
     rows = block * ROWS + tl.arange(0, ROWS)
     slots = tl.arange(0, SLOTS)
@@ -80,6 +83,7 @@ def gather_kernel(
     """One program writes a row, times its score, to its place. Unless PLACED each finds the place itself, among at most
     ROWS rows, and further programs write the count and end of a slot each; FEW of them read the row meanwhile.
     """
+    await_inputs()
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     mask = columns < width
@@ -119,6 +123,7 @@ def combine_kernel(
 
     Unless PLACED row and token are one.
     """
+    await_inputs()
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width
@@ -139,11 +144,12 @@ def launch_place(ids_N: Tensor, table_E: Tensor | None, place_N: Tensor, counts_
     block_counts = torch.empty(num_blocks, num_slots, dtype=torch.int32, device=ids_N.device)
     slots = triton.next_power_of_2(num_slots)
     count_kernel[(num_blocks,)](
-        ids_N, table_E, block_counts, num_rows, num_slots, TABLE=table_E is not None, ROWS=BLOCK_ROWS, SLOTS=slots
-    )
+        ids_N, table_E, block_counts, num_rows, num_slots, TABLE=table_E is not None, ROWS=BLOCK_ROWS, SLOTS=slots,
+        **early(),
+    )  # fmt: skip
     place_kernel[(num_blocks,)](
         ids_N, table_E, block_counts, place_N, counts_S, ends_S, num_rows, num_slots, num_blocks,
-        TABLE=table_E is not None, ROWS=BLOCK_ROWS, SLOTS=slots, num_warps=8,
+        TABLE=table_E is not None, ROWS=BLOCK_ROWS, SLOTS=slots, num_warps=8, **early(),
     )  # fmt: skip
 
 
@@ -159,7 +165,7 @@ def launch_gather(
         TOP_K=max(1, num_rows // x_TD.shape[0]), PLACED=is_placed, TABLE=table_E is not None,
         SCORED=scores_N is not None, MODE=mode, FEW=num_rows <= MAX_FEW,
         ROWS=1 if is_placed else triton.next_power_of_2(num_rows), BLOCK=block,
-        num_warps=row_warps(block, num_rows) if num_rows <= MAX_FEW else min(8, max(1, block // 512)),
+        num_warps=row_warps(block, num_rows) if num_rows <= MAX_FEW else min(8, max(1, block // 512)), **early(),
     )  # fmt: skip
 
 
@@ -170,4 +176,5 @@ def launch_combine(parts_PND: Tensor, place_N: Tensor | None, y_TD: Tensor) -> N
     combine_kernel[(num_tokens, triton.cdiv(width, block))](
         parts_PND, place_N, y_TD, num_rows, width,
         PARTS=num_parts, TOP_K=num_rows // num_tokens, PLACED=place_N is not None, BLOCK=block, num_warps=4,
+        **early(),
     )  # fmt: skip

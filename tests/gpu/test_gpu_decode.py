@@ -66,6 +66,14 @@ def test_graphs_give_the_tokens_of_steps_without_them(checkpoint: Path, kv_cache
     assert greedy_tokens(graphs, BATCH) == expected
 
 
+def test_kernels_that_begin_early_give_the_tokens_of_those_that_do_not(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    early = greedy_tokens(load(checkpoint, "cuda:0", dtype="bfloat16"), BATCH)
+    monkeypatch.setattr("actors.kernels.early_triton.IS_ON", False)
+    assert greedy_tokens(load(checkpoint, "cuda:0", dtype="bfloat16"), BATCH) == early
+
+
 def test_fp32_graphs_give_the_tokens_of_the_cpu(checkpoint: Path) -> None:
     """5 requests run as 8 rows."""
     expected = greedy_tokens(load(checkpoint, "cpu", dtype="float32"), 5)
