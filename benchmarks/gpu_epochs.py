@@ -33,7 +33,7 @@ STREAMS = 32
 QUIET_S = 1.5  # of load before an event, for the usual gaps, and after it
 EVENT_TIMEOUT_S = 60.0
 STACKS_AFTER_S = 5.0  # without steps: ranks are asked what they are doing, which may end them
-CAPTURED = "a decode step of"  # how a rank's log says that it captured a graph
+CAPTURED = "a step of"  # how a rank's log says that it captured a graph
 VOCAB = 500
 
 Change = dict[str, Any]

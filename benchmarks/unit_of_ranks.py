@@ -18,7 +18,7 @@ from torch import Tensor
 
 from actors.dispatch.group import EpochGroup, RendezvousStore
 from actors.dispatch.rows import TokenShape
-from actors.dispatch.tensor_parallel import TensorParallel, make_tensor_parallel
+from actors.dispatch.tensor_parallel import MOST_SUMMED_ROWS, TensorParallel, make_tensor_parallel
 from actors.errors import RankError
 from actors.kernels.norm import add_rms_norm
 
@@ -39,7 +39,7 @@ class Member:
         self._group = EpochGroup(device, HOST)
         self._bits: list[float] = []
         shape = TokenShape(hidden=hidden, experts_per_token=1, dtype=dtype, device=device)
-        self._tp: TensorParallel = make_tensor_parallel((index, size), shape)
+        self._tp: TensorParallel = make_tensor_parallel((index, size), shape, MOST_SUMMED_ROWS)
 
     def join(self, store: str, epoch: int, fresh: bool, timeout_s: float) -> tuple[float, bool]:
         """Seconds that it took, and whether graphs that were captured before are void."""
@@ -143,8 +143,8 @@ class Member:
         return [self._draw((num_rows, self._hidden), 1000 * seed + i) for i in range(self._size)]
 
     def _draw(self, shape: Sequence[int], seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(*shape, generator=generator).to(self._dtype).to(self._device)
+        generator = torch.Generator(self._device).manual_seed(seed)
+        return torch.randn(*shape, generator=generator, device=self._device).to(self._dtype)
 
     def _runs(self, work: Callable[[], tuple[Tensor, ...]], captured: bool) -> Any:
         if not captured:

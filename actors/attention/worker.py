@@ -61,6 +61,7 @@ class AttentionWorker:
         """`weights` are the shard that `tp` says; the cache has that shard's heads."""
         config = shard_config(config, tp.size)
         self._tp_size = tp.size
+        self._shared_bytes = tp.shared_bytes
         self._config = config
         self._pipeline = pipeline
         self._device = device
@@ -333,7 +334,6 @@ class AttentionWorker:
         sampler_bytes = workspace_bytes(config.vocab_size, self._pipeline.max_num_seqs)
         num_copied = min(self._longest_tokens, MOST_COPIED_TOKENS)
         copied_bytes = 2 * config.num_kv_heads * config.head_dim * self._dtype.itemsize * num_copied
-        shared_bytes = 0 if self._tp_size == 1 else tokens * config.hidden_size * self._dtype.itemsize
         captured_rows = 0 if self._pipeline.enforce_eager else self._most_captured_rows
-        step_bytes = 8 * (tokens + captured_rows) * widest * self._dtype.itemsize + shared_bytes
-        return step_bytes + logits_bytes + sampler_bytes + copied_bytes
+        step_bytes = 8 * (tokens + captured_rows) * widest * self._dtype.itemsize
+        return step_bytes + logits_bytes + sampler_bytes + copied_bytes + self._shared_bytes

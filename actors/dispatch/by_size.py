@@ -137,5 +137,5 @@ class ServingGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._dispatch.serve_layers()
-        log.info("a decode step of others, in blocks of %d rows: captured", self._dispatch.block_rows)
+        log.info("a step of others, in blocks of %d rows: captured", self._dispatch.block_rows)
         return graph

@@ -24,6 +24,7 @@ from actors.kernels.largest import largest
 from actors.kernels.norm import add_rms_norm
 from actors.kernels.peer_residual import PeerResidual, ResidualLayout, add_sums
 from actors.kernels.peer_sums import (
+    WORD_BYTES,
     PeerSums,
     SumLayout,
     add_all_reduced_rms_norm,
@@ -37,9 +38,8 @@ from actors.kernels.peer_sums import (
 
 TAG = 1
 MEETING_TIMEOUT_S = 30.0
-WHOLE_ROWS = 16  # up to so many rows each rank sends all of them to all: least latency
-SLICED_ROWS = 256  # up to so many each rank sums a slice; above it NCCL is as fast, where nothing is captured
-FLAGGED_ROWS = 192  # from so many on flags behind the data cost less than numbers beside it
+LEAST_SUMMED_ROWS = 256  # there is room to sum so many rows at once, whatever steps have
+MOST_SUMMED_ROWS = 2048  # and never for more: four times as many lie in mapped memory
 GATHER_BYTES = 16 * 1024 * 1024
 NEVER = 1 << 62
 
@@ -55,6 +55,8 @@ class TensorParallel(Protocol):
     index: int
     min_large_rows: int
     """Steps of so many rows and more, which are not captured, are for `residual`."""
+    shared_bytes: int
+    """Device memory that joining takes."""
 
     def join(self, group: EpochGroup, positions: Sequence[int], fresh: bool) -> bool:
         """Takes the group of a new epoch, which is formed. `positions`: of the members in it, in the order of shards.
@@ -105,25 +107,9 @@ def make_tensor_parallel(shard: tuple[int, int], shape: TokenShape, max_rows: in
     index, size = shard
     if size == 1:
         return ALONE
-    if shape.device.type == "cuda" and sum_layout(size, shape).divides_into(1):
+    if shape.device.type == "cuda" and shape.hidden * shape.dtype.itemsize % WORD_BYTES == 0:
         return OverPeerMemory(index, size, shape, max_rows)
     return OverGroup(index, size)
-
-
-def sum_layout(size: int, shape: TokenShape) -> SumLayout:
-    """What the members share. Rows that do not divide into slices are always sent whole."""
-    layout = SumLayout(
-        world=size,
-        hidden=shape.hidden,
-        dtype=shape.dtype,
-        whole_rows=WHOLE_ROWS,
-        sliced_rows=SLICED_ROWS,
-        gather_bytes=GATHER_BYTES,
-        flagged_rows=FLAGGED_ROWS,
-    )
-    if layout.divides_into(size):
-        return layout
-    return replace(layout, whole_rows=SLICED_ROWS, sliced_rows=0, flagged_rows=0)
 
 
 def shard_config(config: ModelConfig, of: int) -> ModelConfig:
@@ -137,6 +123,7 @@ class Alone:
     size = 1
     index = 0
     min_large_rows = NEVER
+    shared_bytes = 0
 
     def join(self, group: EpochGroup, positions: Sequence[int], fresh: bool) -> bool:
         return False
@@ -171,6 +158,7 @@ class OverGroup:
     """Over the messages of the group: on a CPU, and for what is too large for memory that is shared."""
 
     min_large_rows = NEVER  # there is nothing to run beside sums
+    shared_bytes = 0
 
     def __init__(self, index: int, size: int) -> None:
         self.index = index
@@ -236,8 +224,9 @@ class OverGroup:
 class OverPeerMemory(OverGroup):
     """Through memory that the members map into each other: one kernel per call, and all of it can be captured.
 
-    Rows above SLICED_ROWS go over the group, unless a graph is being captured: then in several calls. Steps of more
-    rows have room of their own (`residual`). The mapping outlives epochs that nobody is lost in, so that graphs do too.
+    Rows above MOST_SUMMED_ROWS go over the group, unless a graph is being captured: then in several calls. Steps of
+    more rows have room of their own (`residual`). The mapping outlives epochs that nobody is lost in, so that graphs do
+    too: all members have ended the same calls then, and what these leave empty is empty.
     """
 
     def __init__(
@@ -245,11 +234,21 @@ class OverPeerMemory(OverGroup):
     ) -> None:
         """`max_rows`: of any step. `memory`: where the members meet, if not over the group; for tests."""
         super().__init__(index, size)
-        self._max_rows = max_rows
-        self.min_large_rows = SLICED_ROWS + 1 if max_rows > SLICED_ROWS else NEVER
         self._shape = shape
         self._memory = memory
-        self._layout = sum_layout(size, shape)
+        self._layout = SumLayout(
+            world=size,
+            hidden=shape.hidden,
+            dtype=shape.dtype,
+            max_rows=min(max(max_rows, LEAST_SUMMED_ROWS), MOST_SUMMED_ROWS),
+            gather_bytes=GATHER_BYTES,
+        )
+        self._large_layout: ResidualLayout | None = None
+        self.shared_bytes = self._layout.num_bytes
+        if max_rows > self._layout.max_rows:
+            self._large_layout = ResidualLayout(world=size, hidden=shape.hidden, dtype=shape.dtype, max_rows=max_rows)
+            self.min_large_rows = self._layout.max_rows + 1
+            self.shared_bytes += self._large_layout.num_bytes
         self._mapping: Mapping | None = None
         self._peers: PeerSums | None = None
         self._large: PeerResidual | None = None
@@ -265,8 +264,8 @@ class OverPeerMemory(OverGroup):
             self._mapping = memory.map("sums", self._layout.num_bytes)
             self._peers = self._end_of(self._mapping, group.operation_timeout_s)
             self._rehearse(replace(self._peers, timeout_s=MEETING_TIMEOUT_S))
-            if self._max_rows > SLICED_ROWS:
-                self._large = self._map_large(memory, group.operation_timeout_s)
+            if self._large_layout is not None:
+                self._large = self._map_large(self._large_layout, memory, group.operation_timeout_s)
         for peers in (self._peers, self._large):
             if peers is not None:
                 group.attach(_Waits(peers, self._positions))
@@ -339,10 +338,9 @@ class OverPeerMemory(OverGroup):
             timeout_s=timeout_s,
         )
 
-    def _map_large(self, memory: PeerMemory, timeout_s: float) -> PeerResidual:
+    def _map_large(self, layout: ResidualLayout, memory: PeerMemory, timeout_s: float) -> PeerResidual:
         """Collective. Sums a row in every way, so that what is compiled for it is compiled now."""
         shape = self._shape
-        layout = ResidualLayout(world=self.size, hidden=shape.hidden, dtype=shape.dtype, max_rows=self._max_rows)
         mapping = memory.map("residual", layout.num_bytes)
         large = PeerResidual(
             layout=layout,

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from actors.attention.distribution import unit
 from actors.kernels.draw import Draws
-from actors.kernels.peer_sums import CALLS, PeerSums
+from actors.kernels.early_triton import await_inputs, early
+from actors.kernels.peer_sums import CALLS, SAID_WORDS, SENT_BYTES, PeerSums
 from actors.kernels.peer_words_triton import receive, send
 
 _CALLS = tl.constexpr(CALLS)
@@ -51,7 +52,7 @@ def _tell(
     own = (tl.load(bases + rank) + at_own).to(tl.pointer_type(tl.int64))
     at = own + sources[:, None].to(tl.int64) * (SOURCE_BYTES // 8) + word[None, :]
     arrived = receive(
-        at, present & (is_own == 0), present, number, state, host, bases, rank, at_told, timeout_ns, WORLD, WORLD_BLOCK,
+        at, present & (is_own == 0), number, state, host, bases, rank, at_told, timeout_ns, WORLD, WORLD_BLOCK,
         LANES, IS_TIMED,
     )  # fmt: skip
     arrived = tl.where(is_own, words[None, :], arrived).to(tl.int64) & 0xFFFFFFFF
@@ -69,6 +70,7 @@ def draw_kernel(
     """What ranks tell each other of row n lies ROW_BYTES * n into what a source has of an area, SOURCE_BYTES, in two
     areas, from bytes `at_first` and `at_second` on.
     """
+    await_inputs(HOLDS_NEXT=WORLD > 1)
     row = tl.program_id(0).to(tl.int64)
     of_batch = tl.load(rows + row)
     largest = tl.load(largests + of_batch)
@@ -129,17 +131,15 @@ def launch_draw(x_BV: Tensor, draws: Draws, vocab_size: int, peers: PeerSums | N
     world, row_bytes, source_bytes = 1, 0, 0
     if peers is not None:
         layout = peers.layout
-        is_sliced = layout.sliced_rows > layout.whole_rows
-        row_bytes = 8 * (layout.row_words // layout.world if is_sliced else layout.row_words)
-        world, source_bytes = layout.world, row_bytes * max(layout.sliced_rows, layout.whole_rows)
-        areas = (layout.slices, layout.sums) if is_sliced else (0, 16)  # beside each other in a whole row's place
+        world, row_bytes = layout.world, SAID_WORDS * SENT_BYTES
+        source_bytes = layout.max_rows * row_bytes
         where = (
             peers.bases, peers.state, peers.host, peers.timeout_ns, peers.rank, x_BV.stride(0), x_BV.shape[1],
-            layout.blame, *areas,
+            layout.blame, layout.said, layout.said + row_bytes // 2,
         )  # fmt: skip
     draw_kernel[(num_rows,)](
         x_BV, *given, tokens_R, *where, float(unit(vocab_size)), LEAST=draws.least_R is not None, BLOCK=_BLOCK,
         ROW_BYTES=row_bytes, SOURCE_BYTES=source_bytes, WORLD=world, WORLD_BLOCK=triton.next_power_of_2(world),
-        LANES=32 * _WARPS, IS_TIMED=x_BV.is_cuda, num_warps=_WARPS,
+        LANES=32 * _WARPS, IS_TIMED=x_BV.is_cuda, num_warps=_WARPS, **early(),
     )  # fmt: skip
     return tokens_R

@@ -1,7 +1,8 @@
 """The Triton form of what `peer_sums.py` does with columns: gathers, and the largest of each row.
 
 Owns the order of memory. Chunks that are gathered are read from their owner after a flag, stored with release and read
-with acquire semantics at system scope; what ranks say of a row travels as words of sums do (`peer_words_triton.py`).
+with acquire semantics at system scope; what ranks say of a row travels as words with the call's number beside them
+(`peer_words_triton.py`).
 Needs Triton: imported only where it is installed.
 """
 
@@ -10,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from actors.kernels.early_triton import await_inputs, early
 from actors.kernels.largest_triton import as_key, block_of, largest_of_row, value_of
-from actors.kernels.peer_sums import CALLS, GATHER_WORDS, PeerSums
+from actors.kernels.peer_sums import CALLS, GATHER_WORDS, SAID_WORDS, PeerSums
 from actors.kernels.peer_waits_triton import await_flag, show
 from actors.kernels.peer_words_triton import receive, send
 
@@ -21,14 +23,15 @@ _WARPS_GATHER = 8
 
 @triton.jit(do_not_specialize=["rank", "timeout_ns"])  # type: ignore[untyped-decorator]
 def _largest_kernel(
-    x, values, columns, bases, state, host, timeout_ns, rank, x_stride, at_told, at_area,
+    x, values, columns, bases, state, host, timeout_ns, rank, x_stride, at_told, at_said,
     CAPACITY: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WORLD: tl.constexpr,
     WORLD_BLOCK: tl.constexpr, LANES: tl.constexpr, IS_TIMED: tl.constexpr,
 ):  # fmt: skip
     """One program per row: sends every other rank two words, order and column of its largest number.
 
-    They lie where rows of WORDS words do, of which an area at `at_area` has CAPACITY from every rank.
+    An area has room for WORDS words of CAPACITY rows from every rank, at `at_said`.
     """
+    await_inputs(HOLDS_NEXT=True)
     row = tl.program_id(0).to(tl.int64)
     sequence = tl.load(state + _CALLS + row) + 1
     number = sequence.to(tl.int32)
@@ -37,15 +40,15 @@ def _largest_kernel(
     words = tl.where(word == 0, key >> 32, key).to(tl.int32)
     half = (sequence & 1) * WORLD
     for step in tl.static_range(WORLD - 1):
-        at = at_area + ((half + rank) * CAPACITY + row) * (WORDS * 8)
+        at = at_said + ((half + rank) * CAPACITY + row) * (WORDS * 8)
         send(bases, (rank + 1 + step) % WORLD, at, words, word, word >= 0, number)
     sources = tl.arange(0, WORLD_BLOCK)
     is_own = (sources == rank)[:, None]
     present = (sources < WORLD)[:, None] & (word >= 0)[None, :]
-    own = tl.load(bases + rank) + at_area + (half * CAPACITY + row) * (WORDS * 8)
+    own = tl.load(bases + rank) + at_said + (half * CAPACITY + row) * (WORDS * 8)
     at = own.to(tl.pointer_type(tl.int64)) + sources[:, None].to(tl.int64) * (CAPACITY * WORDS) + word[None, :]
     arrived = receive(
-        at, present & (is_own == 0), present, number, state, host, bases, rank, at_told, timeout_ns, WORLD, WORLD_BLOCK,
+        at, present & (is_own == 0), number, state, host, bases, rank, at_told, timeout_ns, WORLD, WORLD_BLOCK,
         LANES, IS_TIMED,
     )  # fmt: skip
     arrived = tl.where(is_own, words[None, :], arrived)
@@ -65,6 +68,7 @@ def _gather_kernel(
     WORLD_BLOCK: tl.constexpr, LANES: tl.constexpr, IS_TIMED: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk of this rank's words: shows it, and copies the same chunk of all ranks."""
+    await_inputs(HOLDS_NEXT=True)
     program = tl.program_id(0)
     sequence = tl.load(state + _CALLS + program) + 1
     parity = sequence & 1
@@ -100,23 +104,20 @@ def gather(peers: PeerSums, x_BV: Tensor, out_BV: Tensor) -> None:
         x_words.shape[1], layout.gathered, layout.gather_flags, layout.blame, HALF_BYTES=layout.gather_bytes,
         PROGRAMS=layout.gather_programs, BLOCK=GATHER_WORDS, WORLD=layout.world,
         WORLD_BLOCK=triton.next_power_of_2(layout.world), LANES=32 * _WARPS_GATHER, IS_TIMED=x_BV.is_cuda,
-        num_warps=_WARPS_GATHER,
+        num_warps=_WARPS_GATHER, **early(),
     )  # fmt: skip
 
 
 def largest_columns(peers: PeerSums, x_BV: Tensor) -> tuple[Tensor, Tensor]:
-    """See `peer_sums.largest_columns`. Goes through the area that has most rows."""
+    """See `peer_sums.largest_columns`."""
     layout, (num_rows, width) = peers.layout, x_BV.shape
     values_B = torch.empty(num_rows, dtype=torch.float32, device=x_BV.device)
     columns_B = torch.empty(num_rows, dtype=torch.int64, device=x_BV.device)
-    is_sliced = layout.sliced_rows > layout.whole_rows
     block, warps = block_of(width)
     _largest_kernel[(num_rows,)](
         x_BV, values_B, columns_B, peers.bases, peers.state, peers.host, peers.timeout_ns, peers.rank,
-        x_BV.stride(0), layout.blame, layout.slices if is_sliced else 0,
-        CAPACITY=layout.sliced_rows if is_sliced else layout.whole_rows,
-        WORDS=layout.row_words // layout.world if is_sliced else layout.row_words, WIDTH=width, BLOCK=block,
+        x_BV.stride(0), layout.blame, layout.said, CAPACITY=layout.max_rows, WORDS=SAID_WORDS, WIDTH=width, BLOCK=block,
         WORLD=layout.world, WORLD_BLOCK=triton.next_power_of_2(layout.world), LANES=32 * warps, IS_TIMED=x_BV.is_cuda,
-        num_warps=warps,
+        num_warps=warps, **early(),
     )  # fmt: skip
     return values_B, columns_B

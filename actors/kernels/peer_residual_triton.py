@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from actors.kernels.early_triton import await_inputs, early
 from actors.kernels.peer_residual import FINISHED, SEQUENCE, PeerResidual
 from actors.kernels.peer_waits_triton import await_flag, show
 
@@ -45,6 +46,7 @@ def _meet_kernel(
     LANES: tl.constexpr, IS_TIMED: tl.constexpr,
 ):  # fmt: skip
     """Says that this rank's parts are there, and waits until those of all ranks are."""
+    await_inputs(HOLDS_NEXT=True)
     sequence = tl.load(state + _SEQUENCE) + 1
     show(bases, at_ready.to(tl.int64) + rank * 8, sequence, WORLD, WORLD_BLOCK)
     _await_all(bases, at_ready, rank, sequence, state, host, at_told, timeout_ns, WORLD, LANES, IS_TIMED)
@@ -67,6 +69,7 @@ def _sum_kernel(
     """`num_kept` rows of all areas from `first` on, each read while the one before it is computed. The last program to
     end tells the peers, and waits for them.
     """
+    await_inputs(HOLDS_NEXT=True)
     columns, num_programs = tl.arange(0, BLOCK), tl.num_programs(0)
     inside = columns < WIDTH
     ranks = tl.arange(0, WORLD_BLOCK)
@@ -109,7 +112,7 @@ def meet(peers: PeerResidual) -> None:
     _meet_kernel[(1,)](
         peers.bases, peers.state, peers.host, peers.timeout_ns, peers.rank, layout.ready, layout.blame,
         WORLD=layout.world, WORLD_BLOCK=triton.next_power_of_2(layout.world), LANES=32 * _WARPS_MEETING,
-        IS_TIMED=peers.state.is_cuda, num_warps=_WARPS_MEETING,
+        IS_TIMED=peers.state.is_cuda, num_warps=_WARPS_MEETING, **early(),
     )  # fmt: skip
 
 
@@ -123,5 +126,5 @@ def add_sums(
         peers.rank, kept.start, len(h_OD), eps, layout.done, layout.blame, WIDTH=layout.hidden,
         BLOCK=triton.next_power_of_2(layout.hidden), WORLD=layout.world,
         WORLD_BLOCK=triton.next_power_of_2(layout.world), DTYPE=_DTYPES[layout.dtype], NORMS=weight_D is not None,
-        LANES=32 * _WARPS, IS_TIMED=h_OD.is_cuda, num_warps=_WARPS,
+        LANES=32 * _WARPS, IS_TIMED=h_OD.is_cuda, num_warps=_WARPS, **early(),
     )  # fmt: skip

@@ -4,11 +4,14 @@ Owns the layout of a rank's area, the order of calls, and that every wait ends: 
 says so. Nothing waits for the host and no shape depends on data, so all of it can be captured and replayed. Knows
 nothing of how areas are mapped (`dispatch/peer_memory.py`). On a CPU, areas are those of threads of one process.
 
-Every rank makes the same calls with the same shapes in the same order. Every program of the calls counts its own, on
-the device, and odd and even ones use different halves of each field: one at call n + 2 was answered in call n + 1 by
-its peers in all other ranks, so that nobody reads what it sent in call n any more. Sums are in fp32 in one order and
-rounded once, so that all ranks get the same bits. Once a wait was given up, later ones end after a few polls, and
-results are garbage: see `PeerSums`.
+Every rank makes the same calls with the same shapes in the same order. Every program of the calls (of a row, or of a
+chunk) counts its own, whatever they are, on the device where they run and not where they are captured: so the counts
+are the same on all ranks. Odd and even ones use different halves of each field: a program at call n + 2 was answered in
+call n + 1 by its peers in all other ranks, whose kernels of call n had ended before they sent that. So nobody reads
+what it sent in call n any more, and places that are to be left empty are.
+
+Sums are in fp32 in one order and rounded once, so that all ranks get the same bits. Once a wait was given up, later
+ones end after a few polls, results are garbage, and so is what lies in the areas: what goes on needs new ones.
 """
 
 from collections.abc import Sequence
@@ -23,8 +26,9 @@ from actors.kernels.norm import add_rms_norm
 from actors.kernels.peer_end import BLAMED, PeerEnd, meet
 from actors.kernels.triton_here import HAS_TRITON
 
-WORD_BYTES = 4  # of a tensor; it travels with the call's number, in one store, as 8 bytes
-SENT_BYTES = 8
+WORD_BYTES = 4  # of a tensor
+SENT_BYTES = 8  # of a flag, and of a word that travels with the call's number
+SAID_WORDS = 4
 LINE_BYTES = 128
 PARITIES = 2
 
@@ -42,28 +46,27 @@ def _aligned(num_bytes: int) -> int:
 class SumLayout:
     """Byte offsets of the fields of an area, the same on every rank.
 
-    Rows of `hidden` elements of `dtype`: up to `whole_rows` at a time are sent whole to every rank (`whole`), up to
-    `sliced_rows` in slices, each summed by one rank (`slices`) and then sent to all (`sums`). Rows must divide into one
-    slice for the one, into `world` for the other. From `flagged_rows` on (0: never) slices lie in `plain_slices` and
-    `plain_sums`, and are there as `row_flags` say so. Gathers of up to `gather_bytes` of each rank at a time are read
-    from `gathered`, chunk by chunk as `gather_flags` say so.
+    Up to `max_rows` rows of `hidden` elements of `dtype`, whole words, are summed at a time. Each is cut into slices,
+    one per rank, the last ones shorter if it must be: those that a rank sums lie at 0, as [parity, source, row, word],
+    and all ranks' sums in `sums`, likewise. Both are zeros between calls (`peer_words_triton.py`). What else ranks say
+    of a row, up to SAID_WORDS words with the call's number beside each, lies in `said`, [parity, source, row]. Gathers
+    of up to `gather_bytes` of each rank at a time are read from `gathered`, chunk by chunk as `gather_flags` say so.
     """
 
     world: int
     hidden: int
     dtype: torch.dtype
-    whole_rows: int
-    sliced_rows: int
+    max_rows: int
     gather_bytes: int
-    flagged_rows: int = 0
 
     @property
-    def row_words(self) -> int:
-        return self.hidden * self.dtype.itemsize // WORD_BYTES
+    def row_bytes(self) -> int:
+        return self.hidden * self.dtype.itemsize
 
-    def divides_into(self, num_slices: int) -> bool:
-        """Whether rows are as many pairs of words for each of the slices: pairs are stored at once."""
-        return self.hidden * self.dtype.itemsize % (2 * WORD_BYTES * num_slices) == 0
+    @property
+    def slice_words(self) -> int:
+        """Of all slices but the last ones."""
+        return -(-self.row_bytes // (WORD_BYTES * self.world))
 
     @property
     def gather_programs(self) -> int:
@@ -71,43 +74,27 @@ class SumLayout:
 
     @property
     def state_words(self) -> int:
-        return CALLS + max(self.whole_rows, self.sliced_rows, self.gather_programs)
-
-    @property
-    def slices(self) -> int:
-        return _aligned(PARITIES * self.world * self.whole_rows * self.row_words * SENT_BYTES)  # `whole` is at 0
+        return CALLS + max(self.max_rows, self.gather_programs)
 
     @property
     def sums(self) -> int:
-        return self.slices + _aligned(PARITIES * self.sliced_rows * self.row_words * SENT_BYTES)
+        return _aligned(PARITIES * self.world * self.max_rows * self.slice_words * WORD_BYTES)
+
+    @property
+    def said(self) -> int:
+        return 2 * self.sums
 
     @property
     def gathered(self) -> int:
-        return self.sums + _aligned(PARITIES * self.sliced_rows * self.row_words * SENT_BYTES)
+        return self.said + _aligned(PARITIES * self.world * self.max_rows * SAID_WORDS * SENT_BYTES)
 
     @property
     def gather_flags(self) -> int:
         return self.gathered + _aligned(PARITIES * self.gather_bytes)
 
     @property
-    def plain_slices(self) -> int:
-        return self.gather_flags + _aligned(PARITIES * self.world * self.gather_programs * SENT_BYTES)
-
-    @property
-    def plain_sums(self) -> int:
-        return self.plain_slices + _aligned(PARITIES * self._most_flagged * self.row_words * WORD_BYTES)
-
-    @property
-    def row_flags(self) -> int:
-        return self.plain_sums + _aligned(PARITIES * self._most_flagged * self.row_words * WORD_BYTES)
-
-    @property
     def blame(self) -> int:
-        return self.row_flags + _aligned(2 * PARITIES * self.world * self._most_flagged * SENT_BYTES)
-
-    @property
-    def _most_flagged(self) -> int:
-        return self.sliced_rows if self.flagged_rows else 0
+        return self.gather_flags + _aligned(PARITIES * self.world * self.gather_programs * SENT_BYTES)
 
     @property
     def num_bytes(self) -> int:
@@ -122,8 +109,8 @@ class PeerSums(PeerEnd):
 
     @property
     def max_rows(self) -> int:
-        """Rows of one call of the sums."""
-        return max(self.layout.whole_rows, self.layout.sliced_rows)
+        """Rows of one call."""
+        return self.layout.max_rows
 
 
 def all_reduce_rows(peers: PeerSums, parts: Sequence[Tensor]) -> Tensor:
@@ -231,21 +218,16 @@ def _check_rows(peers: PeerSums, parts: Sequence[Tensor]) -> None:
 
 
 def _sum(peers: PeerSums, parts: Sequence[Tensor]) -> Tensor:
-    """Everything is sent whole, a row's bytes before its number."""
+    """Everything is sent whole, through the room of slices."""
     layout, x_TD = peers.layout, parts[0] if len(parts) == 1 else parts[0] + parts[1]
     sequence = int(peers.state[CALLS]) + 1
-    num_rows, capacity = x_TD.shape[0], max(layout.whole_rows, layout.sliced_rows)
-    half = sequence % PARITIES * layout.gather_bytes  # of the gather's room, which the reference uses for all
-    own = peers.buffers[peers.rank]
-    row_bytes = layout.row_words * WORD_BYTES
-    if capacity * row_bytes > layout.gather_bytes:
-        raise ValueError("the reference sums through the room of gathers, which is too small for these rows")
-    own[layout.gathered + half :][: num_rows * row_bytes].view(layout.dtype).view(num_rows, -1).copy_(x_TD)
-    _meet(peers, sequence)
+    half = sequence % PARITIES * layout.max_rows * layout.row_bytes
     terms = [
-        buffer[layout.gathered + half :][: num_rows * row_bytes].view(layout.dtype).view(num_rows, -1)
+        buffer[half : half + len(x_TD) * layout.row_bytes].view(layout.dtype).view(-1, layout.hidden)
         for buffer in peers.buffers
     ]
+    terms[peers.rank].copy_(x_TD)
+    _meet(peers, sequence)
     total_TD = terms[0].float()
     for term_TD in terms[1:]:
         total_TD = total_TD + term_TD.float()

@@ -1,10 +1,12 @@
-"""The Triton form of the sums of `peer_sums.py`: one program per row, by words that carry the call's number beside
-their data (`peer_words_triton.py`).
+"""The Triton form of the sums of `peer_sums.py`: one program per row, by words that say for themselves that they have
+come (`peer_words_triton.py`).
 
-Owns what is sent to whom, and what becomes of a row's sum. Never uses multicast. Needs Triton: imported only where it
-is installed.
+Owns what is sent to whom, what becomes of a row's sum, and that whoever has read a word leaves its place empty before
+its kernel ends. Peers write there again once they have heard from this rank's next kernel (`peer_sums.py`), which does
+nothing before `await_inputs`. Never uses multicast. Needs Triton: imported only where it is installed.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,17 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from actors.kernels.early_triton import await_inputs, early, let_next_begin
 from actors.kernels.peer_sums import CALLS, PeerSums
-from actors.kernels.peer_words_triton import high_of, low_of, packed, receive, send
+from actors.kernels.peer_words_triton import high_of, low_of, packed, receive_veiled, veiled
 
 _CALLS = tl.constexpr(CALLS)
 _WATCHED_WORDS = tl.constexpr(4)  # the last ones: as many as keep loads of vectors
 
-_WARPS_WHOLE, _WARPS_SLICED, _WARPS_FLAGGED = 16, 8, 4
+_MOST_WARPS = 8
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def part_words(a, b, at, b_at, inside, TWO: tl.constexpr, DTYPE: tl.constexpr):
+def _part_words(a, b, at, b_at, inside, TWO: tl.constexpr, DTYPE: tl.constexpr):
     """The words of a row that this rank brings: a, or a + b rounded."""
     words = tl.load(a + at, mask=inside, other=0)
     if TWO:
@@ -32,7 +35,7 @@ def part_words(a, b, at, b_at, inside, TWO: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def residual_words(h, weight, h_at, columns, inside, ADDS: tl.constexpr, NORMS: tl.constexpr):
+def _residual_words(h, weight, h_at, columns, inside, ADDS: tl.constexpr, NORMS: tl.constexpr):
     """The words of h and of the norm's weight that a row's sum meets: read before anybody is waited for."""
     words = tl.zeros(h_at.shape, tl.int32)
     weights = words
@@ -44,15 +47,17 @@ def residual_words(h, weight, h_at, columns, inside, ADDS: tl.constexpr, NORMS: 
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def finish_row(
-    low, high, words, weights, h, out, h_at, out_at, inside, eps, WIDTH: tl.constexpr, DTYPE: tl.constexpr,
+def _finish_row(
+    sums, words, weights, h, out, h_at, out_at, inside, eps, WIDTH: tl.constexpr, DTYPE: tl.constexpr,
     ADDS: tl.constexpr, NORMS: tl.constexpr,
 ):  # fmt: skip
     """What becomes of a row's sum, which is rounded already: stored, added to h, or added and normed."""
     if not ADDS:
-        tl.store(out + out_at, packed(low, high, DTYPE), mask=inside)
+        tl.store(out + out_at, sums, mask=inside)
     else:
-        words = packed(low_of(words, DTYPE) + low, high_of(words, DTYPE) + high, DTYPE)
+        words = packed(
+            low_of(words, DTYPE) + low_of(sums, DTYPE), high_of(words, DTYPE) + high_of(sums, DTYPE), DTYPE
+        )  # fmt: skip
         tl.store(h + h_at, words, mask=inside)
         if NORMS:
             low = tl.where(inside, low_of(words, DTYPE), 0.0)
@@ -66,101 +71,82 @@ def finish_row(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def total_words(words, present, DTYPE: tl.constexpr):
+def _total_words(words, present, DTYPE: tl.constexpr):
     """int32 [BLOCK]: the sums over ranks, rounded, as words."""
     low = tl.sum(tl.where(present, low_of(words, DTYPE), 0.0), axis=0)
     high = tl.sum(tl.where(present, high_of(words, DTYPE), 0.0), axis=0)
     return packed(low, high, DTYPE)
 
 
-@triton.jit(do_not_specialize=["rank", "timeout_ns"])  # type: ignore[untyped-decorator]
-def _sum_whole_kernel(
-    a, b, h, out, weight, bases, state, host, timeout_ns, rank, eps, a_stride, b_stride, h_stride, out_stride,
-    at_told, CAPACITY: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, WORLD: tl.constexpr,
-    WORLD_BLOCK: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr, TWO: tl.constexpr, ADDS: tl.constexpr,
-    NORMS: tl.constexpr, LANES: tl.constexpr, IS_TIMED: tl.constexpr,
-):  # fmt: skip
-    """One program per row: sends it whole to every other rank, and sums what comes."""
-    row = tl.program_id(0).to(tl.int64)
-    sequence = tl.load(state + _CALLS + row) + 1
-    number = sequence.to(tl.int32)
-    columns = tl.arange(0, BLOCK)
+@triton.jit  # type: ignore[untyped-decorator]
+def _inside(columns, row_columns, WORDS: tl.constexpr, WORLD: tl.constexpr, ROW_WORDS: tl.constexpr):
+    """Whether a slice has these columns, which are `row_columns` of the row."""
     inside = columns < WORDS
-    words = part_words(a, b, row * a_stride + columns, row * b_stride + columns, inside, TWO, DTYPE)
-    old, weights = residual_words(h, weight, row * h_stride + columns, columns, inside, ADDS, NORMS)
-    half = (sequence & 1) * WORLD
-    for step in tl.static_range(WORLD - 1):
-        peer = (rank + 1 + step) % WORLD  # all begin with another one
-        send(bases, peer, ((half + rank) * CAPACITY + row) * (WORDS * 8), words, columns, inside, number)
-    sources = tl.arange(0, WORLD_BLOCK)
-    present = (sources < WORLD)[:, None] & inside[None, :]
-    is_own = (sources == rank)[:, None]
-    watched = (columns >= WORDS - _WATCHED_WORDS)[None, :]
-    own = (tl.load(bases + rank) + (half * CAPACITY + row) * (WORDS * 8)).to(tl.pointer_type(tl.int64))
-    at = tl.multiple_of(own, 16) + sources[:, None].to(tl.int64) * (CAPACITY * WORDS) + columns[None, :]
-    arrived = receive(
-        at, present & (is_own == 0), watched, number, state, host, bases, rank, at_told, timeout_ns, WORLD, WORLD_BLOCK,
-        LANES, IS_TIMED,
-    )  # fmt: skip
-    total = total_words(tl.where(is_own, words[None, :], arrived), present, DTYPE)
-    finish_row(
-        low_of(total, DTYPE), high_of(total, DTYPE), old, weights, h, out, row * h_stride + columns,
-        row * out_stride + columns, inside, eps, WIDTH, DTYPE, ADDS, NORMS,
-    )  # fmt: skip
-    tl.store(state + _CALLS + row, sequence)
+    if WORDS * WORLD != ROW_WORDS:
+        inside = inside & (row_columns < ROW_WORDS)
+    return inside
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _places(areas, at_bytes, columns, ALIGN: tl.constexpr):
+    """int32 pointers [WORLD_BLOCK, BLOCK]: the words from byte `at_bytes` of the areas on."""
+    first = tl.multiple_of((areas + at_bytes).to(tl.pointer_type(tl.int32))[:, None], [ALIGN, ALIGN])
+    return first + columns
 
 
 @triton.jit(do_not_specialize=["rank", "timeout_ns"])  # type: ignore[untyped-decorator]
-def _sum_sliced_kernel(
-    a, b, h, out, weight, bases, state, host, timeout_ns, rank, eps, a_stride, b_stride, h_stride, out_stride,
-    at_told, at_slices, at_sums, CAPACITY: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
-    WORLD: tl.constexpr, WORLD_BLOCK: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr, TWO: tl.constexpr,
-    ADDS: tl.constexpr, NORMS: tl.constexpr, LANES: tl.constexpr, IS_TIMED: tl.constexpr,
+def sum_kernel(
+    a, b, h, out, weight, bases, state, host, timeout_ns, rank, eps, a_stride, b_stride, h_stride, out_stride, at_sums,
+    at_told, CAPACITY: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+    WORLD: tl.constexpr, WORLD_BLOCK: tl.constexpr, WIDTH: tl.constexpr, ROW_WORDS: tl.constexpr, DTYPE: tl.constexpr,
+    TWO: tl.constexpr, ADDS: tl.constexpr, NORMS: tl.constexpr, LANES: tl.constexpr, IS_TIMED: tl.constexpr,
 ):  # fmt: skip
     """One program per row: sends each other rank its slice of the row, sums its own slice, sends that to every other.
 
-    WORDS are of a slice.
+    WORDS are of a slice, ALIGN bytes what all slices are aligned to. All that is sent at once is loaded before.
     """
+    await_inputs(HOLDS_NEXT=True)
     row = tl.program_id(0).to(tl.int64)
     sequence = tl.load(state + _CALLS + row) + 1
-    number = sequence.to(tl.int32)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < WORDS
+    columns, sources = tl.arange(0, BLOCK)[None, :], tl.arange(0, WORLD_BLOCK)
+    is_other = sources < WORLD - 1
+    peers = (rank + 1 + sources) % WORLD  # all begin with another one
+    areas, own_area = tl.load(bases + peers, mask=is_other, other=0), tl.load(bases + rank)
+    at_row = peers[:, None] * WORDS + columns
+    sent = is_other[:, None] & _inside(columns, at_row, WORDS, WORLD, ROW_WORDS)
+    words = _part_words(a, b, row * a_stride + at_row, row * b_stride + at_row, sent, TWO, DTYPE)
+    at_row = rank * WORDS + columns
+    own = _inside(columns, at_row, WORDS, WORLD, ROW_WORDS)
+    own_words = _part_words(a, b, row * a_stride + at_row, row * b_stride + at_row, own, TWO, DTYPE)
     half = (sequence & 1) * WORLD
-    sent_at = ((half + rank) * CAPACITY + row) * (WORDS * 8)
-    for step in tl.static_range(WORLD - 1):
-        peer = (rank + 1 + step) % WORLD  # all begin with another one
-        first = peer * WORDS
-        words = part_words(a, b, row * a_stride + first + columns, row * b_stride + first + columns, inside, TWO, DTYPE)
-        send(bases, peer, at_slices + sent_at, words, columns, inside, number)
-    first = rank * WORDS
-    words = part_words(a, b, row * a_stride + first + columns, row * b_stride + first + columns, inside, TWO, DTYPE)
-    sources = tl.arange(0, WORLD_BLOCK)
-    present = (sources < WORLD)[:, None] & inside[None, :]
-    is_own = (sources == rank)[:, None]
-    row_columns = sources[:, None] * WORDS + columns[None, :]
-    old, weights = residual_words(h, weight, row * h_stride + row_columns, row_columns, present, ADDS, NORMS)
-    watched = (columns >= WORDS - _WATCHED_WORDS)[None, :]
-    places = sources[:, None].to(tl.int64) * (CAPACITY * WORDS) + columns[None, :]
-    own = tl.load(bases + rank) + (half * CAPACITY + row) * (WORDS * 8)
-    at = tl.multiple_of((own + at_slices).to(tl.pointer_type(tl.int64)), 16) + places
-    arrived = receive(
-        at, present & (is_own == 0), watched, number, state, host, bases, rank, at_told, timeout_ns, WORLD, WORLD_BLOCK,
-        LANES, IS_TIMED,
+    place = ((half + rank) * CAPACITY + row) * (WORDS * 4)  # of what this rank sends
+    tl.store(_places(areas, place, columns, ALIGN), veiled(words), mask=sent)
+
+    at_row = sources[:, None] * WORDS + columns
+    is_rank, is_own = (sources < WORLD)[:, None], (sources == rank)[:, None]
+    present = is_rank & _inside(columns, at_row, WORDS, WORLD, ROW_WORDS)
+    old, weights = _residual_words(h, weight, row * h_stride + at_row, at_row, present, ADDS, NORMS)
+    watched = columns >= WORDS - _WATCHED_WORDS
+    received = own_area + (half * CAPACITY + row) * (WORDS * 4) + sources.to(tl.int64) * (CAPACITY * WORDS * 4)
+    at, awaited = _places(received, 0, columns, ALIGN), is_rank & own & (is_own == 0)
+    arrived = receive_veiled(
+        at, awaited, watched, state, host, bases, rank, at_told, timeout_ns, WORLD, WORLD_BLOCK, LANES, IS_TIMED
     )  # fmt: skip
-    total = total_words(tl.where(is_own, words[None, :], arrived), present, DTYPE)
-    for step in tl.static_range(WORLD - 1):
-        send(bases, (rank + 1 + step) % WORLD, at_sums + sent_at, total, columns, inside, number)
-    at = tl.multiple_of((own + at_sums).to(tl.pointer_type(tl.int64)), 16) + places
-    arrived = receive(
-        at, present & (is_own == 0), watched, number, state, host, bases, rank, at_told, timeout_ns, WORLD, WORLD_BLOCK,
-        LANES, IS_TIMED,
+    total = _total_words(tl.where(is_own, own_words, arrived), is_rank & own, DTYPE)[None, :]
+    to_all = tl.broadcast_to(veiled(total), (WORLD_BLOCK, BLOCK))
+    tl.store(_places(areas, at_sums + place, columns, ALIGN), to_all, mask=is_other[:, None] & own)
+    tl.store(at, tl.zeros_like(arrived), mask=awaited)
+    at, awaited = _places(received, at_sums, columns, ALIGN), present & (is_own == 0)
+    arrived = receive_veiled(
+        at, awaited, watched, state, host, bases, rank, at_told, timeout_ns, WORLD, WORLD_BLOCK, LANES, IS_TIMED
     )  # fmt: skip
-    arrived = tl.where(is_own, total[None, :], arrived)
-    finish_row(
-        low_of(arrived, DTYPE), high_of(arrived, DTYPE), old, weights, h, out, row * h_stride + row_columns,
-        row * out_stride + row_columns, present, eps, WIDTH, DTYPE, ADDS, NORMS,
+    let_next_begin()
+    sums = tl.where(is_own, ~to_all, arrived)  # its own as the others have it
+    _finish_row(
+        sums, old, weights, h, out, row * h_stride + at_row, row * out_stride + at_row, present, eps, WIDTH,
+        DTYPE, ADDS, NORMS,
     )  # fmt: skip
+    tl.store(at, tl.zeros_like(arrived), mask=awaited)
     tl.store(state + _CALLS + row, sequence)
 
 
@@ -196,39 +182,16 @@ def _launch_sum(
     a = _as_words(parts[0])
     b, h, out = (a if x is None else _as_words(x) for x in (parts[1] if len(parts) > 1 else None, h_TD, out_TD))
     weight = a if weight_D is None else weight_D.view(torch.int32)
-    is_whole = num_rows <= layout.whole_rows
-    words = layout.row_words if is_whole else layout.row_words // layout.world
-    is_flagged = not is_whole and 0 < layout.flagged_rows <= num_rows
-    warps = _WARPS_WHOLE if is_whole else _WARPS_FLAGGED if is_flagged else _WARPS_SLICED
-    pointers = (
+    words, world_block = layout.slice_words, triton.next_power_of_2(layout.world)
+    block = max(32, triton.next_power_of_2(words))
+    warps = max(1, min(_MOST_WARPS, block * world_block // 128))  # so that no place is read by two threads
+    sum_kernel[(num_rows,)](
         a, b, h, out, weight, peers.bases, peers.state, peers.host, peers.timeout_ns, peers.rank, eps, a.stride(0),
-        b.stride(0), h.stride(0), out.stride(0), layout.blame,
+        b.stride(0), h.stride(0), out.stride(0), layout.sums, layout.blame, CAPACITY=layout.max_rows, WORDS=words,
+        BLOCK=block, ALIGN=math.gcd(16, 4 * words), WORLD=layout.world, WORLD_BLOCK=world_block, WIDTH=layout.hidden,
+        ROW_WORDS=a.shape[1], DTYPE=_DTYPES[layout.dtype], TWO=len(parts) > 1, ADDS=h_TD is not None,
+        NORMS=weight_D is not None, LANES=32 * warps, IS_TIMED=a.is_cuda, num_warps=warps, **early(),
     )  # fmt: skip
-    options = {
-        "CAPACITY": layout.whole_rows if is_whole else layout.sliced_rows,
-        "WORDS": words,
-        "BLOCK": triton.next_power_of_2(words),
-        "WORLD": layout.world,
-        "WORLD_BLOCK": triton.next_power_of_2(layout.world),
-        "WIDTH": layout.hidden,
-        "DTYPE": _DTYPES[layout.dtype],
-        "TWO": len(parts) > 1,
-        "ADDS": h_TD is not None,
-        "NORMS": weight_D is not None,
-        "LANES": 32 * warps,
-        "IS_TIMED": a.is_cuda,
-        "num_warps": warps,
-    }
-    if is_whole:
-        _sum_whole_kernel[(num_rows,)](*pointers, **options)
-    elif is_flagged:
-        from actors.kernels.peer_sums_flagged_triton import sum_flagged_kernel  # which is made of this module's parts
-
-        sum_flagged_kernel[(num_rows,)](
-            *pointers, layout.plain_slices, layout.plain_sums, layout.row_flags, **options
-        )  # fmt: skip
-    else:
-        _sum_sliced_kernel[(num_rows,)](*pointers, layout.slices, layout.sums, **options)
 
 
 def _as_words(x_TD: Tensor) -> Tensor:

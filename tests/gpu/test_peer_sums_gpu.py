@@ -24,15 +24,13 @@ TOLERANCES = {torch.bfloat16: 1e-2, torch.float32: 1e-5}  # two roundings, relat
 
 class Ranks:
     """Ranks that share one GPU. What they wait for is sent by kernels on other streams, which must all find room on it:
-    four calls of 32 rows, or of chunks of GATHER_BYTES, do.
+    four calls of 32 rows, two of 64, or four of chunks of GATHER_BYTES do.
     """
 
     def __init__(
         self, world: int, dtype: torch.dtype = torch.bfloat16, hidden: int = D, timeout_s: float = 5.0
     ) -> None:
-        layout = SumLayout(
-            world=world, hidden=hidden, dtype=dtype, whole_rows=8, sliced_rows=64, gather_bytes=GATHER_BYTES
-        )
+        layout = SumLayout(world=world, hidden=hidden, dtype=dtype, max_rows=64, gather_bytes=GATHER_BYTES)
         buffers = tuple(torch.zeros(layout.num_bytes, dtype=torch.uint8, device=CUDA) for _ in range(world))
         self.streams = [torch.cuda.Stream() for _ in range(world)]
         self.ranks = [
@@ -55,8 +53,14 @@ class Ranks:
             with torch.cuda.stream(stream):
                 results.append(call(peers))
         torch.cuda.synchronize()
-        assert [peers.given_up for peers in self.ranks] == [None] * len(self.ranks)
+        self.check()
         return results
+
+    def check(self) -> None:
+        """Nobody was given up, and what was read has left its place empty."""
+        assert [peers.given_up for peers in self.ranks] == [None] * len(self.ranks)
+        for peers in self.ranks:
+            assert not peers.buffers[peers.rank][: peers.layout.said].any()
 
 
 def terms(world: int, num_rows: int, dtype: torch.dtype, hidden: int = D) -> Tensor:
@@ -74,16 +78,15 @@ def ordered_sum(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_sums_are_right_and_the_same_bits_everywhere(world: int, dtype: torch.dtype) -> None:
-    hidden = D if world != 3 else 1536
-    unit = Ranks(world, dtype, hidden)
-    weight = torch.randn(hidden, device=CUDA).to(dtype)
-    for num_rows in (1, 8, 9, 32, 3):  # whole rows and slices in turn
-        a, b = terms(world, num_rows, dtype, hidden), terms(world, num_rows, dtype, hidden).flip(0)
+    unit = Ranks(world, dtype)  # of three slices the last is shorter
+    weight = torch.randn(D, device=CUDA).to(dtype)
+    for num_rows in (1, 8, 9, 32, 3):
+        a, b = terms(world, num_rows, dtype), terms(world, num_rows, dtype).flip(0)
         near = {"rtol": TOLERANCES[dtype], "atol": 4 * TOLERANCES[dtype]}
         sums = unit.run(lambda p: peer_sums.all_reduce_rows(p, (a[p.rank],)))  # noqa: B023
         torch.testing.assert_close(sums[0], ordered_sum(a), **near)
         assert all(torch.equal(each, sums[0]) for each in sums)
-        h = torch.randn(num_rows, hidden, device=CUDA).to(dtype)
+        h = torch.randn(num_rows, D, device=CUDA).to(dtype)
         residuals = [h.clone() for _ in range(world)]
 
         def norm(p: PeerSums) -> Tensor:
@@ -99,6 +102,52 @@ def test_sums_are_right_and_the_same_bits_everywhere(world: int, dtype: torch.dt
             torch.testing.assert_close(x_TD, expected, **near)
 
 
+def test_numbers_arrive_whatever_their_bits_are() -> None:
+    """All of them in 16 bits, also two that together look like an empty place; what is no number arrives as none."""
+    each = torch.arange(26 * D // 2, dtype=torch.int32, device=CUDA).remainder(1 << 16).view(26, -1)
+    words = (each | each << 16).view(torch.bfloat16)
+    for bringing in range(2):
+        x = [words if rank == bringing else torch.full_like(words, -0.0) for rank in range(2)]
+        for total in Ranks(2).run(lambda p: peer_sums.all_reduce_rows(p, (x[p.rank],))):  # noqa: B023
+            torch.testing.assert_close(total, words, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("hidden", [16, 130])
+def test_rows_of_a_few_words(hidden: int) -> None:
+    unit, x = Ranks(2, torch.float32, hidden), terms(2, 5, torch.float32, hidden)
+    for _ in range(3):
+        for total in unit.run(lambda p: peer_sums.all_reduce_rows(p, (x[p.rank],))):
+            torch.testing.assert_close(total, ordered_sum(x))
+
+
+def test_graphs_of_several_sizes_in_any_order() -> None:
+    """Rows count their calls apart from each other; one rank is late, and one graph is captured but never replayed."""
+    unit, sizes = Ranks(2), (3, 16, 64, 32)
+    x = terms(2, max(sizes), torch.bfloat16)
+    unit.run(lambda p: peer_sums.all_reduce_rows(p, (x[p.rank],)))
+    graphs = [[torch.cuda.CUDAGraph() for _ in sizes] for _ in unit.ranks]
+    outs = []
+    for peers, of_rank, stream in zip(unit.ranks, graphs, unit.streams, strict=True):
+        for graph, num_rows in zip(of_rank, sizes, strict=True):
+            with torch.cuda.graph(graph, stream=stream):
+                outs.append(peer_sums.all_reduce_rows(peers, (x[peers.rank, :num_rows],)))
+    for late, order in enumerate(((0, 1, 2, 1), (2, 0, 0, 2), (1, 2, 0, 0, 0, 1), (2, 1))):
+        for out in outs:
+            out.fill_(-7)
+        torch.cuda.synchronize()
+        for rank, (of_rank, stream) in enumerate(zip(graphs, unit.streams, strict=True)):
+            with torch.cuda.stream(stream):
+                if rank == late % 2:
+                    torch.cuda._sleep(2_000_000)
+                for idx in order:
+                    of_rank[idx].replay()
+        torch.cuda.synchronize()
+        unit.check()
+        for i, out in enumerate(outs):
+            if i % len(sizes) in order:
+                torch.testing.assert_close(out, ordered_sum(x)[: len(out)], rtol=1e-2, atol=4e-2)
+
+
 def test_gathers_in_one_call_and_in_several() -> None:
     unit = Ranks(4)
     for num_rows, width in ((1, 50512), (3, 1000), (9, 50512), (300, 8)):
@@ -110,7 +159,7 @@ def test_gathers_in_one_call_and_in_several() -> None:
 @pytest.mark.parametrize("world", [1, 3, 4])
 def test_the_largest_of_all_columns(world: int) -> None:
     """Ties, numbers that are none, any width: as torch has it, wherever it lies."""
-    unit = Ranks(world, hidden=D if world != 3 else 1536)
+    unit = Ranks(world)
     for num_rows, width in ((1, 50512), (5, 1000), (32, 50512), (3, 7)):
         x = [torch.randn(num_rows, width, device=CUDA).bfloat16() for _ in range(world)]  # each is aligned alike
         for each in x:
@@ -130,7 +179,7 @@ def test_the_largest_of_all_columns(world: int) -> None:
 
 @pytest.mark.parametrize("world", [1, 3, 4])
 def test_tokens_are_drawn_as_from_whole_rows(world: int) -> None:
-    unit = Ranks(world, hidden=D if world != 3 else 1536)
+    unit = Ranks(world)
     for num_rows, width in ((1, 50512), (32, 50512), (5, 96)):
         x = [(torch.randn(num_rows, width, device=CUDA) * 3).bfloat16() for _ in range(world)]
         whole = torch.cat(x, dim=1)
@@ -208,6 +257,7 @@ def test_ranks_that_began_apart_catch_up() -> None:
             end.record()
     torch.cuda.synchronize()
     assert begin.elapsed_time(end) < num_calls * 0.15, "in ms"
+    unit.check()
 
 
 def test_holders_are_chosen_as_by_the_reference() -> None:

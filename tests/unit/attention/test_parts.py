@@ -18,7 +18,7 @@ from actors.dispatch.group import EpochGroup, RendezvousStore
 from actors.dispatch.peer_memory import SharedMemory
 from actors.dispatch.replicated import ReplicatedDispatch
 from actors.dispatch.rows import TokenShape
-from actors.dispatch.tensor_parallel import SLICED_ROWS, OverPeerMemory
+from actors.dispatch.tensor_parallel import MOST_SUMMED_ROWS, OverPeerMemory
 from actors.expert.worker import ExpertWorker
 from actors.types import Admission, RankPlan, SamplingParams, Work
 
@@ -89,7 +89,7 @@ class Unit:
         )
         memories = SharedMemory.of_world(2, CPU)
         slots = {i: {layer: tuple(range(config.num_experts))[i::2] for layer in config.moe_layers} for i in range(2)}
-        self.members = [OverPeerMemory(i, 2, shape, 2 * SLICED_ROWS, memories[i]) for i in range(2)]
+        self.members = [OverPeerMemory(i, 2, shape, MOST_SUMMED_ROWS + 1, memories[i]) for i in range(2)]
         self.groups = [EpochGroup(CPU, "127.0.0.1") for _ in range(2)]
         self.workers: list[AttentionWorker] = []
         for i, member in enumerate(self.members):

@@ -9,9 +9,19 @@ import torch
 from torch import Tensor
 
 from actors.dispatch.group import EpochGroup, RendezvousStore
-from actors.dispatch.peer_memory import SharedMemory
+from actors.dispatch.peer_memory import Mapping, SharedMemory
 from actors.dispatch.rows import TokenShape
-from actors.dispatch.tensor_parallel import ALONE, OverGroup, OverPeerMemory, TensorParallel, make_tensor_parallel
+from actors.dispatch.tensor_parallel import (
+    ALONE,
+    GATHER_BYTES,
+    LEAST_SUMMED_ROWS,
+    MOST_SUMMED_ROWS,
+    NEVER,
+    OverGroup,
+    OverPeerMemory,
+    TensorParallel,
+    make_tensor_parallel,
+)
 from actors.errors import RankError
 from actors.kernels.draw import Draws, draw_tokens
 from actors.kernels.norm import add_rms_norm
@@ -19,7 +29,8 @@ from actors.kernels.norm import add_rms_norm
 CPU = torch.device("cpu")
 TIMEOUT_S = 10.0
 SHORT_S = 0.5
-D = 6
+D = 7  # which does not divide into slices
+MAX_ROWS = MOST_SUMMED_ROWS + 10  # of a step: some are large
 POSITIONS = (1, 2, 0)  # of shards 0, 1, 2: replacements come last, whatever their shard
 
 
@@ -52,7 +63,9 @@ def unit(request: pytest.FixtureRequest, store: RendezvousStore) -> Iterator[Uni
     unit = Unit(
         groups,
         [
-            OverGroup(i, 3) if request.param == "group" else OverPeerMemory(i, 3, shape, 300, memories[POSITIONS[i]])
+            OverGroup(i, 3)
+            if request.param == "group"
+            else OverPeerMemory(i, 3, shape, MAX_ROWS, memories[POSITIONS[i]])
             for i in range(3)
         ],
     )
@@ -77,7 +90,7 @@ def terms(num_rows: int, width: int = D) -> list[Tensor]:
     return [torch.randn(num_rows, width, generator=generator) for _ in POSITIONS]
 
 
-@pytest.mark.parametrize("num_rows", [1, 5, 300])
+@pytest.mark.parametrize("num_rows", [1, 5, MOST_SUMMED_ROWS, MAX_ROWS])
 def test_sums_are_the_same_bits_on_every_member(unit: Unit, num_rows: int) -> None:
     x = terms(num_rows)
     for _ in range(3):  # both halves of what is shared, and again
@@ -230,7 +243,7 @@ def test_an_interrupt_ends_a_wait_at_once(store: RendezvousStore) -> None:
 def make_unit(store: RendezvousStore, timeout_s: float) -> Unit:
     memories = SharedMemory.of_world(3, CPU)
     shape = TokenShape(hidden=D, experts_per_token=1, dtype=torch.float32, device=CPU)
-    members = [OverPeerMemory(i, 3, shape, 300, memories[POSITIONS[i]]) for i in range(3)]
+    members = [OverPeerMemory(i, 3, shape, MAX_ROWS, memories[POSITIONS[i]]) for i in range(3)]
     unit = Unit([EpochGroup(CPU, "127.0.0.1") for _ in POSITIONS], members)
     join(unit, store, 1, fresh=True, timeout_s=timeout_s)
     return unit
@@ -243,6 +256,31 @@ def test_a_member_that_leaves_frees_the_others(store: RendezvousStore) -> None:
     for member in unit.members[:2]:
         with pytest.raises(RankError, match="lost in epoch 1"):
             member.all_reduce(terms(1)[member.index])
+
+
+@pytest.mark.parametrize(
+    ("max_rows", "summed", "least_large"),
+    [(0, LEAST_SUMMED_ROWS, NEVER), (1000, 1000, NEVER), (MAX_ROWS, MOST_SUMMED_ROWS, MOST_SUMMED_ROWS + 1)],
+)
+def test_rows_of_any_step_have_room(store: RendezvousStore, max_rows: int, summed: int, least_large: int) -> None:
+    """What joining takes is what the member says, of two halves of slices and sums and of the rows of a large step."""
+    taken = []
+
+    class Counted(SharedMemory):
+        def map(self, name: str, num_bytes: int, own: Tensor | None = None) -> Mapping:
+            taken.append(num_bytes)
+            return super().map(name, num_bytes, own)
+
+    shape = TokenShape(hidden=16, experts_per_token=1, dtype=torch.float32, device=CPU)
+    member = OverPeerMemory(0, 1, shape, max_rows, Counted.of_world(1, CPU)[0])
+    assert member.min_large_rows == least_large
+    group = EpochGroup(CPU, "127.0.0.1")
+    group.prepare(store.endpoint)
+    group.join(1, 0, 1, TIMEOUT_S, TIMEOUT_S)
+    member.join(group, (0,), True)
+    assert member.shared_bytes == sum(taken)
+    assert member._ready.max_rows == summed and taken[0] > 2 * GATHER_BYTES + 4 * summed * 16 * 4
+    group.leave()
 
 
 def test_alone_there_is_nothing_to_do() -> None:
