@@ -32,7 +32,7 @@ from actors.types import Work
 
 log = logging.getLogger("corral.attention")
 
-MOST_PROMPT_ROWS = 2048  # of a step with prompts that is captured: a GPU takes longer for more than a host to launch it
+MOST_PROMPT_ROWS = 2304  # of a step with prompts that is captured: a GPU takes longer for more than a host to launch it
 MOST_CONTEXT = 32768  # tokens that a prompt's row sees in such a step: one program reads them all
 
 ThroughDispatch = tuple[Dispatch, slice]
@@ -258,6 +258,7 @@ class CapturedSteps:
     def _capture(self, shape: Shape) -> None:
         """Runs nothing: every kernel was run before, in `rehearse`."""
         laps, graph = Laps(), torch.cuda.CUDAGraph()
+        torch.cuda.current_blas_handle()  # each thread has its own, which cannot be made in a capture
         # Other threads of this process may call CUDA meanwhile (loading does), which must not end the capture.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._results[shape] = self._forward(shape, self._begin(shape))

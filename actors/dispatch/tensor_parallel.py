@@ -39,7 +39,7 @@ from actors.kernels.peer_sums import (
 TAG = 1
 MEETING_TIMEOUT_S = 30.0
 LEAST_SUMMED_ROWS = 256  # there is room to sum so many rows at once, whatever steps have
-MOST_SUMMED_ROWS = 2048  # and never for more: four times as many lie in mapped memory
+MOST_SUMMED_ROWS = 2304  # and never for more: four times as many lie in mapped memory
 GATHER_BYTES = 16 * 1024 * 1024
 NEVER = 1 << 62
 
