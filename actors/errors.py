@@ -77,6 +77,10 @@ class UnavailableError(CorralError):
         return self.problem
 
 
+class GivenUpError(CorralError):
+    """One epoch after another ended while the request was computed: it may be the reason, and is not tried again."""
+
+
 class CheckpointError(CorralError):
     """A checkpoint cannot be served. Names the file and, where there is one, the tensor."""
 

@@ -18,6 +18,7 @@ from actors.errors import (
     ContextLengthError,
     CorralError,
     DeadlineError,
+    GivenUpError,
     ModelNotFoundError,
     OverloadedError,
     RequestCancelledError,
@@ -54,6 +55,7 @@ TABLE: dict[type[BaseException], Status] = {
     RequestCancelledError: Status(499, "cancelled_error", "request_cancelled", grpc.StatusCode.CANCELLED),
     asyncio.CancelledError: Status(499, "cancelled_error", "request_cancelled", grpc.StatusCode.CANCELLED),
     GeneratorExit: Status(499, "cancelled_error", "request_cancelled", grpc.StatusCode.CANCELLED),  # the reader went
+    GivenUpError: Status(500, "server_error", "request_given_up", grpc.StatusCode.INTERNAL),
     UnavailableError: Status(503, "service_unavailable_error", "service_unavailable", grpc.StatusCode.UNAVAILABLE),
     BaseException: Status(500, "server_error", "internal_error", grpc.StatusCode.INTERNAL),
 }
@@ -138,6 +140,8 @@ def error_from_wire(info: ErrorInfo) -> CorralError:
             return DeadlineError(info.problem)
         case "RequestCancelledError":
             return RequestCancelledError(info.problem)
+        case "GivenUpError":
+            return GivenUpError(info.problem)
         case _:
             return UnavailableError(info.problem, info.retry_after_s or 1.0)
 

@@ -21,6 +21,7 @@ from actors.router.metrics import RouterMetrics
 from actors.router.pace import SlowRanks, replace_rank
 from actors.router.scheduler import OwnedEvent, RankPages, Scheduler, SchedulerLimits
 from actors.router.steps import SentStep, StepsInFlight
+from actors.router.suspects import Suspects
 from actors.types import (
     Alive,
     Attached,
@@ -98,6 +99,7 @@ class RouterCore:
         self._sequence = 0  # of the plan that was sent last in it
         self._expert_load = ExpertLoad()
         self._slow_ranks = SlowRanks()
+        self._suspects = Suspects()
         self._ingress_seen_s: dict[bytes, float] = {}
         self._outbox: dict[bytes, list[TokenEvent]] = {}
         self._missed_beats: dict[int, int] = {}
@@ -246,15 +248,29 @@ class RouterCore:
                 case Tell(rank=rank, message=message):
                     self._outside.to_rank(rank, message)
                 case Suspend(problem=problem):
-                    self._suspend(problem)
+                    self._suspend(problem, now_s)
                 case BeginServing():
                     self._begin_serving(action, now_s)
 
-    def _suspend(self, problem: str) -> None:
+    def _suspend(self, problem: str, now_s: float) -> None:
         log.warning("the epoch is over: %s", problem)
         self.metrics.epochs_lost += 1
         self._epoch = None
+        self._end_suspects(problem, now_s)
         self._tell_ingresses()
+
+    def _end_suspects(self, problem: str, now_s: float) -> None:
+        """Requests that may be why epochs end, with the steps that they are in, which would be sent again."""
+        guilty = self._suspects.after_loss(self._scheduler.in_flight(), now_s)
+        if not guilty:
+            return
+        names = ", ".join(state.request_id for state in guilty)
+        log.error("one epoch after another ended while requests were computed that are given up now: %s; the last: %s",
+                  names, problem)  # fmt: skip
+        self.metrics.requests_given_up += len(guilty)
+        said = "ranks were lost each time that it was computed; it is not tried again"
+        self._emit(self._scheduler.fail(guilty, ErrorInfo(kind="GivenUpError", problem=said)))
+        self._machine.keep_nothing()
 
     def _begin_serving(self, action: BeginServing, now_s: float) -> None:
         epoch, kept = action.epoch, action.kept

@@ -56,6 +56,7 @@ class MetricsPublisher:
                 ("generated_tokens", "Tokens sampled"),
                 ("preemptions", "Requests preempted to be recomputed"),
                 ("epochs_lost", "Epochs that ended because a rank was lost"),
+                ("requests_given_up", "Requests that epoch after epoch ended with"),
                 ("slow_ranks", "Ranks found to be slow for good"),
                 ("step_seconds", "Seconds that ranks spent in steps"),
             )
@@ -84,9 +85,9 @@ class MetricsPublisher:
                 gauge.set(count, tags={"role": role})
         for outcome, total in (("done", metrics.changes_done), ("failed", metrics.changes_failed)):
             self._count_up(self._changes, ("changes", outcome), total, {"outcome": outcome})
-        for name in ("steps", "step_tokens", "generated_tokens", "step_seconds", "epochs_lost", "slow_ranks"):
-            self._count_up(self._counters[name], name, getattr(metrics, name), {})
-        self._count_up(self._counters["preemptions"], "preemptions", load.num_preemptions, {})
+        for name, counter in self._counters.items():
+            total = load.num_preemptions if name == "preemptions" else getattr(metrics, name)
+            self._count_up(counter, name, total, {})
         for (layer, expert), total in list(metrics.expert_tokens.items()):
             self._count_up(self._expert, (layer, expert), total, {"layer": str(layer), "expert": str(expert)})
 

@@ -267,6 +267,10 @@ class EpochMachine:
             return []
         return self._suspend(problem, now_s) + self._bring_up(problem, now_s)
 
+    def keep_nothing(self) -> None:
+        """Attention ranks forget their requests as they join the next epoch: what they were computing is not wanted."""
+        self._kept = set()
+
     # --- answers of ranks ---------------------------------------------------------------------------------------------
 
     def on_progress(self, message: Progress, now_s: float) -> None:

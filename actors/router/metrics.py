@@ -23,6 +23,7 @@ class RouterMetrics:
         self.epoch = 0
         self.serving = False
         self.epochs_lost = 0
+        self.requests_given_up = 0  # since epochs ended with them
         self.slow_ranks = 0  # that were to be replaced
         self.changes_done = 0
         self.changes_failed = 0

@@ -21,10 +21,11 @@ from actors.types import Admission, RankPlan, SampledToken, Work
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
-    """Which requests a step in flight samples for, in the order of its work."""
+    """Which requests a step in flight samples for, in the order of its work, and whose prompts it goes on with."""
 
     step: int
     sampling: list[RequestState]
+    pieces: list[RequestState]
 
 
 class RankPlanner:
@@ -240,7 +241,7 @@ class RankPlanner:
         self.chunked_pool.free(self._dead_pages)
         for state in self._ending:
             self.release(state, Phase.DRAINING)
-        self.in_flight.append(StepRecord(step=step, sampling=self._sampling))
+        self.in_flight.append(StepRecord(step=step, sampling=self._sampling, pieces=self._pieces))
         self._begin_plan()
         return plan
 

@@ -351,6 +351,16 @@ class Scheduler:
 
     # --- epochs ---
 
+    def in_flight(self) -> list[RequestState]:
+        """Live requests in steps that are planned and not answered, each once."""
+        records = [record for planner in self._ranks.values() for record in planner.in_flight]
+        states = dict.fromkeys(state for record in records for state in (*record.sampling, *record.pieces))
+        return [state for state in states if state.phase is not Phase.DONE]
+
+    def fail(self, states: Sequence[RequestState], error: ErrorInfo) -> list[OwnedEvent]:
+        """Ends live requests."""
+        return [self._fail(state, error) for state in states]
+
     def fail_all(self, error: ErrorInfo) -> list[OwnedEvent]:
         """Ends every live request: there is nobody to serve it any more."""
         events, self._events_due = self._events_due, []

@@ -351,6 +351,7 @@ class Pipeline:
         self.router: SimRouter | None = None
         self.fronts = [SimIngress(self, f"ingress{i}") for i in range(rng.choice((1, 2)))]
         self.clients: list[SimClient] = []
+        self.deadly: list[SimClient] = []  # whose requests end ranks
         self.start_router()
 
     def planner(self) -> Balancer:

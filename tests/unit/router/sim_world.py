@@ -34,6 +34,7 @@ from actors.types import (
     Prepare,
     Prepared,
     RankEndpoints,
+    RankPlan,
     RankSpec,
     SlotProof,
     StepPlan,
@@ -81,6 +82,7 @@ class Faults:
     start_fails: float = 0.0
     step_fails: float = 0.0  # on one rank, at its end, though all others finish it
     cut: set[frozenset[int]] = field(default_factory=set)  # pairs of ranks whose packets are lost
+    deadly: set[tuple[int, ...]] = field(default_factory=set)  # prompts that end a rank which computes them
 
 
 @dataclass
@@ -350,6 +352,11 @@ class SimRank:
 
         def computed(well: bool) -> None:
             self._count(sum(plan.tokens_of_rank), own)
+            if well and plan.rank_plan is not None and self._is_deadly(plan.rank_plan):
+                self.cluster.kill(self.cluster.world.rng.choice([spec.rank for spec in epoch.ranks]))
+                if not self.alive:
+                    return
+                well = False
             if not well:
                 self.leave()
                 self._done(Failed(rank=self.rank, epoch=epoch.epoch, problem="lost a peer"))
@@ -357,6 +364,11 @@ class SimRank:
                 self._done(self._result(plan) if plan.rank_plan is not None else None)
 
         self.cluster.meet(self, ("step", epoch.epoch, plan.step), epoch, 0.003, GROUP_TIMEOUT_S, computed)
+
+    def _is_deadly(self, plan: RankPlan) -> bool:
+        assert self.fake is not None
+        tokens = [tuple(self.fake.residents[work.request_idx].tokens) for work in plan.work]
+        return any(ids[: len(prompt)] == prompt for ids in tokens for prompt in self.cluster.faults.deadly)
 
     def _count(self, num_tokens: int, num_own: int) -> None:
         """A millisecond for the step, and a fifth of one per row: an expert rank has any share of the tokens."""

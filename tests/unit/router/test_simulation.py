@@ -28,6 +28,7 @@ def faults_of(p: Pipeline) -> list[tuple[float, Callable[[Pipeline], None]]]:
         kill_a_rank, kill_a_rank, kill_two_ranks, stop_a_rank, stop_and_continue, slow_a_rank, slow_a_rank_for_good,
         cut_a_rank, kill_router, kill_ingress, lose_connection, scale_experts, scale_attention, skew_the_load,
         fail_loads, corrupt_loads, fail_starts, fail_steps, reset_a_connection, reset_a_connection,
+        ask_what_is_deadly,
     )  # fmt: skip
     return [(p.rng.uniform(0.0, FAULTS_S), p.rng.choice(kinds)) for _ in range(p.rng.randint(0, 7))]
 
@@ -141,6 +142,13 @@ def fail_steps(p: Pipeline) -> None:
     _for_a_while(p, "step_fails", 0.02)
 
 
+def ask_what_is_deadly(p: Pipeline) -> None:
+    """Whoever computes it ends, or takes another rank along."""
+    p.ask()
+    p.deadly.append(p.clients[-1])
+    p.cluster.faults.deadly.add(p.clients[-1].request.prompt_ids)
+
+
 def run_schedule(seed: int) -> Pipeline:
     p = Pipeline(seed)
     begin_s = p.world.now_s + 15.0
@@ -195,7 +203,7 @@ def is_over(p: Pipeline) -> bool:
 
 def check(p: Pipeline) -> None:
     for client in p.clients:
-        check_client(client)
+        check_client(client, client in p.deadly, bool(p.deadly))
     assert p.router is not None
     core, machine = p.router.core, p.router.machine
     epoch = machine.epoch
@@ -222,10 +230,13 @@ def check_counts(p: Pipeline) -> None:
     assert attention == (experts if p.colocated else goal.attention_ranks), news
 
 
-def check_client(client: SimClient) -> None:
+def check_client(client: SimClient, is_deadly: bool = False, may_be_beside: bool = False) -> None:
     deadline_s = client.request.deadline_s
     what = f"{client.request.request_id} ended as {client.ended!r} after {len(client.got)} tokens"
     if client.is_cancelled or client.ended == "ingress died":
+        return
+    if is_deadly or (may_be_beside and client.ended == "GivenUpError"):
+        assert client.ended in ("GivenUpError", "DeadlineError") and (client.got != client.expected), what
         return
     if deadline_s is not None and client.ended == "DeadlineError":
         assert client.ended_s >= deadline_s - 0.01, what
@@ -296,6 +307,25 @@ def test_requests_are_served_again_after_an_outage_that_was_given_up(seed: int) 
         p.ask()
     p.run_until(p.world.now_s + 30.0)
     assert {client.ended for client in p.clients[late:]} <= {"stop", "length"}
+
+
+@pytest.mark.parametrize("seed", [1, 4, 7, 15])
+def test_a_request_that_ends_ranks_is_given_up_and_the_others_are_served(seed: int) -> None:
+    """Also in layouts where a step that was sent would be sent again, and where all ranks share an attention."""
+    p = Pipeline(seed)
+    p.run_until(p.world.now_s + 15.0, lambda: all(front.takes_requests for front in p.fronts))
+    ask_what_is_deadly(p)
+    deadly = p.clients[-1]
+    for _ in range(8):
+        p.run_until(p.world.now_s + 1.0)
+        p.ask()
+    p.run_until(p.world.now_s + 60.0, lambda: is_over(p))
+    assert deadly.ended == "GivenUpError" and not deadly.got
+    ended = [client.ended for client in p.clients]
+    assert ended.count("GivenUpError") < 6 and set(ended) - {"GivenUpError"} <= {"stop", "length"}
+    check(p)
+    assert p.router is not None
+    assert 3 <= p.router.core.metrics.epochs_lost <= 6 and p.router.core.metrics.requests_given_up >= 1
 
 
 def failures_of(seeds: range) -> list[str]:
