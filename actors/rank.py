@@ -16,8 +16,10 @@ from pathlib import Path
 import torch
 from msgspec import structs
 
+from actors.attention.captured import most_prompt_rows
 from actors.attention.kv_cache import PagePools
 from actors.attention.sampler import SampledBatch
+from actors.attention.upload import mark
 from actors.attention.worker import AttentionWorker
 from actors.checkpoint.config import ModelConfig, read_model_config
 from actors.checkpoint.shard import Shard
@@ -50,11 +52,14 @@ class Launched:
     plan: StepPlan
     began_s: float
     sampled: SampledBatch | None
+    ended: torch.cuda.Event | None  # None where all has been done
 
     @property
     def is_done(self) -> bool:
-        """Whether `Rank.finish` will not wait."""
-        return self.sampled is None or self.sampled.is_done
+        """Whether `Rank.finish` will not wait. A step that samples nothing takes its time, too: else those of a long
+        prompt would queue up on the device without end, and others' steps behind them.
+        """
+        return self.ended is None or bool(self.ended.query())
 
 
 @dataclass(slots=True)
@@ -167,7 +172,8 @@ class Rank:
         model = read_model_config(Path(pipeline.model))
         experts = attention = pools = None
         laps = Laps()
-        tp = make_tensor_parallel(spec.shard, self._token_shape(model, pipeline), pipeline.max_num_batched_tokens)
+        most_rows = max(pipeline.max_num_batched_tokens, most_prompt_rows(pipeline))
+        tp = make_tensor_parallel(spec.shard, self._token_shape(model, pipeline), most_rows)
         if "expert" in spec.roles:
             index, of = spec.expert_shard
             experts = ExpertWorker.load(
@@ -397,10 +403,12 @@ class Rank:
         began_s, waited_s = time.perf_counter(), self._group.waited_s
         self._check_order(plan)
         try:
-            launched = Launched(plan, began_s, self._launch(plan))
+            sampled = self._launch(plan)
         except RankError as e:
             self.leave()
             raise RankError(_number(epoch, e.rank, self.rank), e.problem) from e
+        nothing_sampled = mark(self._device) if sampled is None and self.runs_ahead else None
+        launched = Launched(plan, began_s, sampled, nothing_sampled if sampled is None else sampled.copied)
         self._count(plan, time.perf_counter() - began_s - (self._group.waited_s - waited_s))
         if self._joined_s is not None:
             now_s, joined_s, self._joined_s = time.monotonic(), self._joined_s, None
@@ -432,7 +440,8 @@ class Rank:
 
     def use_idle_time(self) -> bool:
         """Nobody waits for this rank: captures a step's graph, which a request would have to wait for later, if there
-        is one.
+        is one. Not to be called beside `load` or `prepare`: a capture is void where another thread waits for the whole
+        device meanwhile. Source: CUDA programming guide, prohibited operations of stream capture.
         """
         attention = self._held.attention if self._held else None
         is_in_epoch = self._epoch is not None and self._epoch.epoch > self._last_over
@@ -446,12 +455,14 @@ class Rank:
         plan, epoch = launched.plan, self._epoch
         if epoch is None or plan.rank_plan is None:
             return None
-        if len(epoch.ranks) > 1 and launched.sampled is not None and launched.sampled.copied is not None:
+        if len(epoch.ranks) > 1 and launched.ended is not None:
             try:
-                self._group.await_event(launched.sampled.copied)
+                self._group.await_event(launched.ended)
             except RankError as e:
                 self.leave()
                 raise RankError(_number(epoch, e.rank, self.rank), e.problem) from e
+        elif launched.ended is not None:
+            launched.ended.synchronize()
         if not epoch.ranks[self._position].leads:
             return None
         tokens = launched.sampled.to_tokens() if launched.sampled is not None else []

@@ -67,6 +67,7 @@ class RankLoop:
         self._stopping = threading.Event()
         self._tasks: queue.SimpleQueue[Callable[[], FromRank] | None] = queue.SimpleQueue()
         self._launched: deque[tuple[bytes, Launched]] = deque()  # and whose plans they are
+        self._at_work = threading.Lock()  # of tasks, and of what is done in idle time, which they would spoil
         self._crash: BaseException | None = None
 
     def start(self) -> RankEndpoints:
@@ -172,7 +173,9 @@ class RankLoop:
         self._out.connect(ANSWERS)
         try:
             while (task := self._tasks.get()) is not None:
-                self._out.send(FROM_RANK.encode(task()))
+                with self._at_work:
+                    answer = task()
+                self._out.send(FROM_RANK.encode(answer))
         finally:
             self._out.close(linger=0)
 
@@ -224,7 +227,16 @@ class RankLoop:
                 if identity == self._router:
                     self._on_step(identity, TO_RANK.decode(data))
             else:
-                poll_ms = IDLE_MS if self._rank.use_idle_time() else POLL_MS
+                poll_ms = IDLE_MS if self._use_idle_time() else POLL_MS
+
+    def _use_idle_time(self) -> bool:
+        """Whether there was anything to do. A task comes first; one that comes meanwhile waits."""
+        if not self._at_work.acquire(blocking=False):
+            return False
+        try:
+            return self._rank.use_idle_time()
+        finally:
+            self._at_work.release()
 
     def _next_plan_comes(self) -> bool:
         """Waits for the next plan while the oldest step runs, if it may be launched before that is done."""

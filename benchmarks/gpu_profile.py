@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from actors.attention.captured import most_prompt_rows
 from actors.attention.local_model import LocalModel
 from actors.attention.worker import AttentionWorker
 from actors.checkpoint.config import read_model_config
@@ -61,7 +62,8 @@ class UnitMember:
         )
         specs = rank_specs(split, config, expert_slots=pipeline.expert_slots)
         slots = {spec.rank: spec.slots for spec in specs}
-        tp = make_tensor_parallel((index, size), shape, pipeline.max_num_batched_tokens)
+        most_rows = max(pipeline.max_num_batched_tokens, most_prompt_rows(pipeline))
+        tp = make_tensor_parallel((index, size), shape, most_rows)
         part, of = specs[index].expert_shard
         experts = ExpertWorker.load(config, pipeline, slots[index], device, shard=Shard(index=part, of=of))
         self.attention = AttentionWorker.load(config, pipeline, device, tp=tp)

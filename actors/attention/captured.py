@@ -21,6 +21,7 @@ from actors.attention.requests import RequestTable
 from actors.attention.rope import inverse_frequencies
 from actors.attention.step_fields import SAMPLED_ROW, StepFields, num_rows, write_singles, write_with_prompts
 from actors.checkpoint.config import ModelConfig
+from actors.config import PipelineConfig
 from actors.dispatch.by_size import DispatchBySize
 from actors.dispatch.contract import Dispatch
 from actors.dispatch.local import LocalDispatch
@@ -45,6 +46,11 @@ class Shape:
 
     num_rows: int
     has_prompts: bool
+
+
+def most_prompt_rows(pipeline: PipelineConfig) -> int:
+    """Of steps with prompts that are captured. Rows of small pieces are padded."""
+    return 0 if pipeline.enforce_eager else min(MOST_PROMPT_ROWS, 2 * pipeline.max_num_batched_tokens)
 
 
 def sizes_of_singles(max_rows: int) -> list[int]:

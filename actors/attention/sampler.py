@@ -55,11 +55,6 @@ class SampledBatch:
     host_logprobs: tuple[_HostLogprobs, ...]
     copied: torch.cuda.Event | None  # None on CPU
 
-    @property
-    def is_done(self) -> bool:
-        """Whether `to_tokens` will not wait."""
-        return self.copied is None or bool(self.copied.query())
-
     def to_tokens(self) -> list[SampledToken]:
         """The tokens in the order of the requests. Waits for this step, not for steps launched after it."""
         if self.copied is not None:

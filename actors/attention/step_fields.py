@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from actors.attention.requests import RequestTable
+from actors.attention.upload import mark
 from actors.kernels.prompt_attention import TILE_ROWS
 from actors.kernels.step_inputs import IS_PROMPT, NUM_FIELDS, POSITION, SEAT, TOKEN
 from actors.types import Work
@@ -20,7 +21,7 @@ Values = np.ndarray[Any, np.dtype[np.int32]]
 
 NOTHING = -1  # no seat, no token from the host, no page
 SAMPLED_ROW = IS_PROMPT + 1  # of steps with prompts: rows that are sampled, in the order of the work
-BUFFERS = 4  # a step's fields are read from host memory after its launch: more than steps can be in flight
+BUFFERS = 4  # a step's fields are read from host memory after its launch: as many as steps are in flight, and to spare
 
 
 class StepFields:
@@ -32,6 +33,8 @@ class StepFields:
         self.packed_FB[POSITION].zero_()
         self.packed_FB[NUM_FIELDS:].zero_()
         self._on_host = [torch.full(shape, NOTHING, dtype=torch.int32, pin_memory=is_pinned) for _ in range(BUFFERS)]
+        self._are_read: list[torch.cuda.Event | None] = [None] * BUFFERS
+        self._device = device
         self._turn = 0
 
     @staticmethod
@@ -43,13 +46,19 @@ class StepFields:
         return StepFields(SAMPLED_ROW + 1, max_rows, device)
 
     def next(self) -> Values:
-        """To be written, and then sent."""
+        """To be written, and then sent. Waits where the device has yet to read what was sent BUFFERS times ago: a step
+        that samples nothing may have been launched without a wait for those before it.
+        """
         self._turn = (self._turn + 1) % BUFFERS
+        is_read = self._are_read[self._turn]
+        if is_read is not None:
+            is_read.synchronize()
         return self._on_host[self._turn].numpy()  # type: ignore[no-any-return]
 
     def send(self) -> None:
         """What was written last, behind what the device has to do."""
         self.packed_FB.copy_(self._on_host[self._turn], non_blocking=True)
+        self._are_read[self._turn] = mark(self._device)
 
 
 def write_singles(fields: Values, work: Sequence[Work], requests: RequestTable, page_tokens: int, size: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from actors.attention.attention import Attention, StepAttention
 from actors.attention.batch import BatchBuilder, StepInputs
-from actors.attention.captured import MOST_PROMPT_ROWS, CapturedSteps
+from actors.attention.captured import CapturedSteps, most_prompt_rows
 from actors.attention.kernel_attention import KernelAttention
 from actors.attention.kv_cache import KvCache, PagePools, cache_dtype, fit_page_tokens, plan_pages
 from actors.attention.logits import Logits
@@ -124,7 +124,7 @@ class AttentionWorker:
         self._tables = SeatTables(config, cache, max_rows, longest_tokens)
         attention = KernelAttention(config, cache, self._tables, max_rows, device)
         if not self._pipeline.enforce_eager:
-            prompt_rows, whole_rows = self._most_captured_rows, self._pipeline.most_whole_rows
+            prompt_rows, whole_rows = most_prompt_rows(self._pipeline), self._pipeline.most_whole_rows
             self._captured = CapturedSteps(self._model, config, attention, max_rows, prompt_rows, device, whole_rows)
         self._mixed = MixedAttention(config, attention, cache, device)
 
@@ -317,11 +317,6 @@ class AttentionWorker:
         spared_bytes = int(total_bytes * (1 - self._pipeline.gpu_memory_utilization))
         return max(0, free_bytes - spared_bytes - self._workspace_bytes())
 
-    @property
-    def _most_captured_rows(self) -> int:
-        """Of steps with prompts."""
-        return min(MOST_PROMPT_ROWS, 2 * self._pipeline.max_num_batched_tokens)  # rows of small pieces are padded
-
     def _workspace_bytes(self) -> int:
         """What a step needs beside weights and cache: activations of every token, and again of captured steps; logits
         thrice, the sampler's, a long request's keys and values of one layer, copied out of their pages; and the rows
@@ -334,6 +329,5 @@ class AttentionWorker:
         sampler_bytes = workspace_bytes(config.vocab_size, self._pipeline.max_num_seqs)
         num_copied = min(self._longest_tokens, MOST_COPIED_TOKENS)
         copied_bytes = 2 * config.num_kv_heads * config.head_dim * self._dtype.itemsize * num_copied
-        captured_rows = 0 if self._pipeline.enforce_eager else self._most_captured_rows
-        step_bytes = 8 * (tokens + captured_rows) * widest * self._dtype.itemsize
+        step_bytes = 8 * (tokens + most_prompt_rows(self._pipeline)) * widest * self._dtype.itemsize
         return step_bytes + logits_bytes + sampler_bytes + copied_bytes + self._shared_bytes

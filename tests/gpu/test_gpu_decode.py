@@ -75,6 +75,47 @@ def test_a_thread_that_has_computed_nothing_yet_captures_graphs(checkpoint: Path
     assert found == [greedy_tokens(model, BATCH)]
 
 
+def cache_of_long_prompt(model: LocalModel, num_steps: int, num_tokens: int, *, waits: bool) -> Tensor:
+    """Keys and values of a prompt in pieces of so many tokens, of which only the last samples."""
+    model.start_epoch()
+    cache, size = model.attention.cache, model.pools.page_tokens
+    assert cache is not None
+    cache.global_LPSHd.zero_()
+    ids = prompt_ids(1, model.config.vocab_size, num_steps * num_tokens)
+    model.attention.take_in(
+        RankPlan(admitted=(Admission(request_idx=0, prompt_ids=ids, output_ids=(), sampling=GREEDY),))
+    )
+    torch.cuda.synchronize()
+    if not waits:
+        torch.cuda._sleep(10**9)  # half a second: all is launched before any of it is computed
+    sampled, num_pages = None, 0
+    for step in range(num_steps):
+        start, end = step * num_tokens, (step + 1) * num_tokens
+        pages = tuple(range(num_pages, -(-end // size)))
+        num_pages += len(pages)
+        work = Work(
+            request_idx=0, start=start, num_tokens=num_tokens, samples=end == len(ids), global_pages=pages,
+            chunked_pages=pages,
+        )  # fmt: skip
+        plan = RankPlan(work=(work,))
+        model.attention.take_in(plan)
+        sampled = model.attention.launch(plan)
+        if waits:
+            torch.cuda.synchronize()
+    assert sampled is not None
+    sampled.to_tokens()
+    return cache.global_LPSHd.clone()
+
+
+def test_steps_that_sample_nothing_may_be_launched_ahead_of_the_device(checkpoint: Path) -> None:
+    """As those of a long prompt, of which nobody waits for one before the next: what the host wrote of each is kept
+    until it is read.
+    """
+    model = load(checkpoint, "cuda:0", dtype="float32")
+    expected = cache_of_long_prompt(model, 24, 32, waits=True)
+    assert expected.any() and torch.equal(cache_of_long_prompt(model, 24, 32, waits=False), expected)
+
+
 def test_kernels_that_begin_early_give_the_tokens_of_those_that_do_not(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

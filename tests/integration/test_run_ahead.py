@@ -10,7 +10,20 @@ import zmq
 
 from actors.errors import RankError
 from actors.rank_loop import RankLoop
-from actors.types import Attach, Attached, Failed, Join, Joined, RankEndpoints, RankPlan, StepPlan, StepResult
+from actors.types import (
+    Attach,
+    Attached,
+    Epoch,
+    Failed,
+    Join,
+    Joined,
+    Prepare,
+    Prepared,
+    RankEndpoints,
+    RankPlan,
+    StepPlan,
+    StepResult,
+)
 from actors.wire import FROM_RANK, TO_RANK, open_socket
 
 
@@ -39,6 +52,7 @@ class SlowDevice:
     pace: None = None
     launched: list[Step] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
+    is_prepared: threading.Event = field(default_factory=threading.Event)
 
     def launch(self, plan: StepPlan) -> Step:
         if plan.step == self.fails_at:
@@ -54,6 +68,16 @@ class SlowDevice:
 
     def join(self, epoch: int, fresh: bool) -> None:
         self.log.append(f"join {epoch}")
+
+    def prepare(self, epoch: Epoch, hurries: bool) -> None:
+        assert self.is_prepared.wait(10)
+        self.log.append("prepared")
+
+    def use_idle_time(self) -> bool:
+        self.log.append("idle")
+        return False
+
+    def supersede(self, epoch: int) -> None: ...
 
     def stop(self) -> None: ...
 
@@ -123,7 +147,7 @@ def test_a_join_waits_for_what_was_launched(running: Running) -> None:
     running.steps.send(TO_RANK.encode(Join(epoch=2, fresh=True)))
     running.device.launched[0].finished.set()
     assert isinstance(running.hear(), StepResult) and isinstance(running.hear(), Joined)
-    assert running.device.log == ["launch 1", "finish 1", "join 2"]
+    assert [entry for entry in running.device.log if entry != "idle"] == ["launch 1", "finish 1", "join 2"]
 
 
 def test_a_step_that_cannot_be_launched_is_told_after_the_answers_before_it(running: Running) -> None:
@@ -135,3 +159,16 @@ def test_a_step_that_cannot_be_launched_is_told_after_the_answers_before_it(runn
     assert running.hear().step == 1
     failed = running.hear()
     assert isinstance(failed, Failed) and failed.epoch == 1
+
+
+def test_idle_time_is_not_used_beside_a_task(running: Running) -> None:
+    """A capture would be void where what is prepared waits for the whole device."""
+    running.until("idle")
+    running.control.send(TO_RANK.encode(Prepare(epoch=Epoch(epoch=2, ranks=()))))
+    assert running.control.poll(300) == 0
+    running.device.log.clear()
+    assert running.control.poll(500) == 0 and running.device.log == [], "more than two polls of a loop without steps"
+    running.device.is_prepared.set()
+    assert isinstance(FROM_RANK.decode(running.control.recv()), Prepared)
+    running.until("idle")
+    assert running.device.log[0] == "prepared"

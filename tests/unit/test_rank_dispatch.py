@@ -14,7 +14,7 @@ from actors.dispatch.local import LocalDispatch
 from actors.dispatch.replicated import ReplicatedDispatch
 from actors.next_epoch import NextEpoch
 from actors.rank import Rank, _Held
-from actors.types import Epoch, RankSpec
+from actors.types import Epoch, RankPlan, RankSpec, StepPlan
 
 MODEL = shape_config(SHAPES["tiny"])
 EVERY = dict.fromkeys(MODEL.moe_layers, tuple(range(MODEL.num_experts)))
@@ -147,3 +147,32 @@ def test_graphs_are_handed_over_where_an_epoch_ended_well_and_experts_are_where_
         rank.join(number, False)
     assert smalls[1].has_taken_over == (how == "well") == workers.kept[1]
     assert smalls[0].is_closed and not smalls[1].is_closed
+
+
+class Mark:
+    """An event that the device has yet to reach."""
+
+    is_reached = False
+
+    def query(self) -> bool:
+        return self.is_reached
+
+    def synchronize(self) -> None:
+        self.is_reached = True
+
+
+def test_a_step_that_samples_nothing_is_done_when_the_device_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the steps of a long prompt would be launched one after another, as fast as the router plans them."""
+    rank, _ = make_rank(RankSpec(rank=0, roles=("attention", "expert"), slots=EVERY))
+    join(rank, 1, True, rank._held.spec)  # type: ignore[union-attr]
+    event = Mark()
+    monkeypatch.setattr("actors.rank.mark", lambda _: event)
+    monkeypatch.setattr(Rank, "runs_ahead", True)
+    monkeypatch.setattr(Rank, "_launch", lambda *_: None)
+    monkeypatch.setattr(Rank, "_expert_tokens", lambda _: {})
+    monkeypatch.setattr(Rank, "_count", lambda *_: None)
+    rank._group.waited_s = 0.0
+    launched = rank.launch(StepPlan(epoch=1, step=1, sequence=1, tokens_of_rank=(9,), rank_plan=RankPlan()))
+    assert launched is not None and not launched.is_done
+    answer = rank.finish(launched)
+    assert answer is not None and answer.tokens == () and event.is_reached and launched.is_done
