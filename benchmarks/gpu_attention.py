@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from actors.kernels.decode_attention import (
-    DecodeContext,
     DecodeScratch,
     NewestTokens,
+    PagedContext,
     decode_attention,
     store_and_attend,
 )
@@ -65,7 +65,7 @@ class Case:
 
     def launch(self, stores: bool) -> Callable[[], None]:
         """Of decode attention; `stores`: with what makes heads ready and keeps the newest."""
-        context = DecodeContext(
+        context = PagedContext(
             seats_B=torch.arange(self.num_rows, dtype=torch.int32, device=CUDA),
             positions_B=torch.full((self.num_rows,), self.context_tokens - 1, device=CUDA),
             table=PageTable(pages_SW=self.pages_BW, page_tokens=PAGE_TOKENS),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors.attention.kernel_attention import KernelAttention, Prompts, Singles
+from actors.attention.kernel_attention import KernelAttention, SeatedRows
 from actors.attention.logits import Logits
 from actors.attention.model import AttentionModel, Stages, run_in_turn
 from actors.attention.requests import RequestTable
@@ -242,7 +242,7 @@ class CapturedSteps:
         )
 
     def _attend(self, layer: int, qkv_BQ: Tensor, rows: StepRows) -> Tensor:
-        singles = Singles(seats_B=rows.seats_B, positions_B=rows.positions_B)
+        singles = SeatedRows(seats_B=rows.seats_B, positions_B=rows.positions_B)
         return self._attention.store_and_attend(
             layer, qkv_BQ, singles, self._slots(layer, rows), rows.rotations_BR2, rows.temperatures_B
         )
@@ -252,9 +252,9 @@ class CapturedSteps:
         slots_T = self._slots(layer, rows)
         self._attention.store(layer, qkv_TQ, slots_T, rows.rotations_BR2, rows.temperatures_B)
         most = min(len(qkv_TQ), self._max_singles)
-        singles = Singles(seats_B=rows.seats_B[:most], positions_B=rows.single_positions_B[:most])
+        singles = SeatedRows(seats_B=rows.seats_B[:most], positions_B=rows.single_positions_B[:most])
         return self._attention.attend_with_prompts(
-            layer, qkv_TQ, singles, Prompts(seats_T=rows.prompt_seats_B, positions_T=rows.positions_B)
+            layer, qkv_TQ, singles, SeatedRows(seats_B=rows.prompt_seats_B, positions_B=rows.positions_B)
         )
 
     def _slots(self, layer: int, rows: StepRows) -> Tensor:

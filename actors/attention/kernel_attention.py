@@ -13,31 +13,23 @@ from actors.attention.kv_cache import KvCache
 from actors.attention.seat_tables import SeatTables
 from actors.checkpoint.config import ModelConfig
 from actors.kernels.decode_attention import (
-    DecodeContext,
     DecodeScratch,
     NewestTokens,
+    PagedContext,
     decode_attention,
     store_and_attend,
 )
 from actors.kernels.heads import Heads, store_heads
-from actors.kernels.prompt_attention import PromptContext, prompt_attention
+from actors.kernels.prompt_attention import prompt_attention
 from actors.kernels.step_inputs import PageTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Singles:
-    """Rows of one token each: their seats (int32, -1 is padding) and positions."""
+class SeatedRows:
+    """Seats (int32, -1: not a row of this kind) and positions of rows of one token each, or of pieces of prompts."""
 
     seats_B: Tensor
     positions_B: Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prompts:
-    """Rows of pieces of prompts: see `PromptContext`."""
-
-    seats_T: Tensor
-    positions_T: Tensor
 
 
 class KernelAttention:
@@ -68,35 +60,28 @@ class KernelAttention:
         """q_THd of rows, a view."""
         return qkv_TQ.view(qkv_TQ.shape[0], -1, self.heads.head_dim)[:, : self.heads.num_heads]
 
-    def attend_singles(self, layer: int, qkv_BQ: Tensor, singles: Singles) -> Tensor:
+    def attend_singles(self, layer: int, qkv_BQ: Tensor, singles: SeatedRows) -> Tensor:
         """[B, heads * head_dim]: each row over all that its request has stored (of its chunk, in chunked layers)."""
         pages_PSHd, context = self._cache.layers[layer].pages_PSHd, self._context(layer, singles)
         return decode_attention(self.queries(qkv_BQ), pages_PSHd, context, self.heads, self._scratch)
 
-    def attend_with_prompts(self, layer: int, qkv_TQ: Tensor, singles: Singles, prompts: Prompts) -> Tensor:
+    def attend_with_prompts(self, layer: int, qkv_TQ: Tensor, singles: SeatedRows, prompts: SeatedRows) -> Tensor:
         """[T, heads * head_dim]: `attend_singles` of the first rows, those of `singles`, and the rows of prompts
         likewise. Rows that are neither are of no meaning.
         """
-        pages_PSHd, is_chunked = self._cache.layers[layer].pages_PSHd, self._config.is_chunked(layer)
-        q_THd = self.queries(qkv_TQ)
+        pages_PSHd, q_THd = self._cache.layers[layer].pages_PSHd, self.queries(qkv_TQ)
         out_TA = qkv_TQ.new_empty(len(qkv_TQ), self.heads.num_heads * self.heads.head_dim)
         most = len(singles.seats_B)
         context = self._context(layer, singles)
         decode_attention(q_THd[:most], pages_PSHd, context, self.heads, self._scratch, out_TA[:most])
-        of_prompts = PromptContext(
-            seats_T=prompts.seats_T,
-            positions_T=prompts.positions_T,
-            table=self._table(is_chunked),
-            chunk_tokens=self._config.chunk_tokens if is_chunked else 0,
-        )
-        prompt_attention(q_THd, pages_PSHd, of_prompts, self.heads, out_TA)
+        prompt_attention(q_THd, pages_PSHd, self._context(layer, prompts), self.heads, out_TA)
         return out_TA
 
     def store_and_attend(
         self,
         layer: int,
         qkv_BQ: Tensor,
-        singles: Singles,
+        singles: SeatedRows,
         slots_B: Tensor,
         rotations_BR2: Tensor,
         temperatures_B: Tensor,
@@ -114,9 +99,9 @@ class KernelAttention:
             return rotations_TR2, None
         return None, temperatures_T if self._config.temperature_tuning else None
 
-    def _context(self, layer: int, singles: Singles) -> DecodeContext:
+    def _context(self, layer: int, singles: SeatedRows) -> PagedContext:
         is_chunked = self._config.is_chunked(layer)
-        return DecodeContext(
+        return PagedContext(
             seats_B=singles.seats_B,
             positions_B=singles.positions_B,
             table=self._table(is_chunked),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from actors.attention.batch import StepInputs
-from actors.attention.kernel_attention import KernelAttention, Singles
+from actors.attention.kernel_attention import KernelAttention, SeatedRows
 from actors.attention.kv_cache import KvCache, as_cached
 from actors.attention.page_groups import CachedRuns, FreshRuns, GroupInputs, Piece, PromptRuns, token_slots, write_slots
 from actors.attention.requests import PageTable
@@ -158,7 +158,7 @@ class MixedAttention:
         return out_TA
 
     def _singles(self, layer: int, qkv_BQ: Tensor, inputs: StepInputs) -> Tensor:
-        singles = Singles(seats_B=inputs.single_seats_B, positions_B=inputs.positions_T[: len(qkv_BQ)])
+        singles = SeatedRows(seats_B=inputs.single_seats_B, positions_B=inputs.positions_T[: len(qkv_BQ)])
         return self._attention.attend_singles(layer, qkv_BQ, singles)
 
     def _fresh(self, layer: int, qkv_QN: Tensor, num_runs: int) -> Tensor:

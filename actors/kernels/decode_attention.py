@@ -26,12 +26,12 @@ _LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeContext:
-    """What each of B queries sees: its own position and those before it, of its chunk where layers are chunked.
+class PagedContext:
+    """What each of B rows sees: its own position and those before it, of its chunk where layers are chunked.
 
-    `seats_B` (int32; -1: padding) are rows of the page table, `positions_B` (int32 or int64) the queries' positions,
-    whose own keys are in the cache already. `chunk_tokens` 0: everything so far. The table is at least as wide as the
-    pages that a query sees; one that is as wide as a chunk may be a ring.
+    `seats_B` (int32; -1: not a row to attend to) are rows of the page table, `positions_B` (int32 or int64)
+    the queries' positions, whose own keys are in the cache already. `chunk_tokens` 0: everything so far. The table is
+    at least as wide as the pages that a query sees; one that is as wide as a chunk may be a ring.
     """
 
     seats_B: Tensor
@@ -81,7 +81,7 @@ def _num_sms(device: torch.device) -> int:
 def decode_attention(
     q_BHd: Tensor,
     pages_PSHd: Tensor,
-    context: DecodeContext,
+    context: PagedContext,
     heads: Heads,
     scratch: DecodeScratch,
     out_BA: Tensor | None = None,
@@ -103,7 +103,7 @@ def store_and_attend(
     qkv_BN: Tensor,
     pages_PSHd: Tensor,
     newest: NewestTokens,
-    context: DecodeContext,
+    context: PagedContext,
     heads: Heads,
     scratch: DecodeScratch,
 ) -> Tensor:
@@ -120,9 +120,14 @@ def store_and_attend(
     return decode_attention(qkv_BHd[:, : heads.num_heads], pages_PSHd, context, heads, scratch)
 
 
-def _with_torch(q_BHd: Tensor, pages_PSHd: Tensor, context: DecodeContext, heads: Heads) -> Tensor:
-    """Row by row: what the kernel is compared with."""
-    out_BHd = torch.zeros(q_BHd.shape, dtype=q_BHd.dtype, device=q_BHd.device)
+def _with_torch(q_BHd: Tensor, pages_PSHd: Tensor, context: PagedContext, heads: Heads) -> Tensor:
+    out_BA = torch.zeros(q_BHd.shape, dtype=q_BHd.dtype, device=q_BHd.device).flatten(1)
+    attend_row_by_row(q_BHd, pages_PSHd, context, heads, out_BA)
+    return out_BA
+
+
+def attend_row_by_row(q_BHd: Tensor, pages_PSHd: Tensor, context: PagedContext, heads: Heads, out_BA: Tensor) -> None:
+    """Into the rows that have a seat: what kernels are compared with."""
     page_tokens, width = context.table.page_tokens, context.table.pages_SW.shape[1]
     for row, (seat, position) in enumerate(zip(context.seats_B.tolist(), context.positions_B.tolist(), strict=True)):
         if seat < 0:
@@ -133,8 +138,7 @@ def _with_torch(q_BHd: Tensor, pages_PSHd: Tensor, context: DecodeContext, heads
         kv_LHd = pages_PSHd[ids_N.long()].flatten(0, 1)[: position + 1 - start].to(q_BHd.dtype)
         k_HLd, v_HLd = kv_LHd.transpose(0, 1).split(heads.num_kv_heads)
         q_KGd = q_BHd[row].view(heads.num_kv_heads, -1, heads.head_dim)
-        out_BHd[row] = F.scaled_dot_product_attention(q_KGd, k_HLd, v_HLd).flatten(0, 1)
-    return out_BHd.flatten(1)
+        out_BA[row] = F.scaled_dot_product_attention(q_KGd, k_HLd, v_HLd).flatten()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +185,7 @@ def choose_tile(
 def _with_triton(
     q_BHd: Tensor,
     pages_PSHd: Tensor,
-    context: DecodeContext,
+    context: PagedContext,
     heads: Heads,
     scratch: DecodeScratch,
     newest: NewestTokens | None = None,

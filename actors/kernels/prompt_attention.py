@@ -6,14 +6,12 @@ serves every prompt. Knows nothing of weights, nor of who granted the pages. Row
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 (the name that everybody knows)
 
+from actors.kernels.decode_attention import PagedContext, attend_row_by_row
 from actors.kernels.heads import Heads
-from actors.kernels.step_inputs import PageTable
 from actors.kernels.triton_here import HAS_TRITON
 
 TILE_ROWS = 24
@@ -26,49 +24,21 @@ three loads in flight or 128 keys no faster, with 4 warps slower.
 _LOG2_E = 1.4426950408889634
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptContext:
-    """What each of T rows sees: its own position and those before it, of its chunk where layers are chunked.
-
-    `seats_T` (int32) are rows of the page table; -1: not a prompt's. `positions_T`: int64. A piece's rows lie one after
-    another from a multiple of TILE_ROWS on, as their positions do; their own keys are in the cache already. No piece
-    goes beyond the end of a chunk. `chunk_tokens` 0: everything so far. Tables are as in `DecodeContext`.
-    """
-
-    seats_T: Tensor
-    positions_T: Tensor
-    table: PageTable
-    chunk_tokens: int
-
-
-def prompt_attention(q_THd: Tensor, pages_PSHd: Tensor, context: PromptContext, heads: Heads, out_TA: Tensor) -> None:
+def prompt_attention(q_THd: Tensor, pages_PSHd: Tensor, context: PagedContext, heads: Heads, out_TA: Tensor) -> None:
     """softmax(q k / sqrt(d)) v of the rows of prompts, into their rows of `out_TA`: [T, Hq * head_dim] of q's dtype.
 
     q_THd: [T, Hq, head_dim], rows may be strided, heads may not. pages_PSHd: [P, page_tokens, 2 Hkv, head_dim], keys
-    first, of q's dtype or float8_e4m3fn (scale 1). head_dim is a power of two of at least 16.
+    first, of q's dtype or float8_e4m3fn (scale 1). head_dim is a power of two of at least 16. A piece's
+    rows lie one after another from a multiple of TILE_ROWS on, as their positions (int64) do, and do not go beyond the
+    end of a chunk; their own keys are in the cache already.
     """
     if q_THd.is_cuda and HAS_TRITON:
         _with_triton(q_THd, pages_PSHd, context, heads, out_TA)
     else:
-        _with_torch(q_THd, pages_PSHd, context, heads, out_TA)
+        attend_row_by_row(q_THd, pages_PSHd, context, heads, out_TA)
 
 
-def _with_torch(q_THd: Tensor, pages_PSHd: Tensor, context: PromptContext, heads: Heads, out_TA: Tensor) -> None:
-    """Row by row: what the kernel is compared with."""
-    page_tokens, width = context.table.page_tokens, context.table.pages_SW.shape[1]
-    for row, (seat, position) in enumerate(zip(context.seats_T.tolist(), context.positions_T.tolist(), strict=True)):
-        if seat < 0:
-            continue
-        start = position - position % context.chunk_tokens if context.chunk_tokens else 0
-        numbers_N = torch.arange(start // page_tokens, position // page_tokens + 1, device=q_THd.device)
-        ids_N = context.table.pages_SW[seat].index_select(0, numbers_N % width)
-        kv_LHd = pages_PSHd[ids_N.long()].flatten(0, 1)[: position + 1 - start].to(q_THd.dtype)
-        k_HLd, v_HLd = kv_LHd.transpose(0, 1).split(heads.num_kv_heads)
-        q_KGd = q_THd[row].view(heads.num_kv_heads, -1, heads.head_dim)
-        out_TA[row] = F.scaled_dot_product_attention(q_KGd, k_HLd, v_HLd).flatten()
-
-
-def _with_triton(q_THd: Tensor, pages_PSHd: Tensor, context: PromptContext, heads: Heads, out_TA: Tensor) -> None:
+def _with_triton(q_THd: Tensor, pages_PSHd: Tensor, context: PagedContext, heads: Heads, out_TA: Tensor) -> None:
     import triton
 
     from actors.kernels.prompt_attention_triton import prompt_kernel
@@ -79,7 +49,7 @@ def _with_triton(q_THd: Tensor, pages_PSHd: Tensor, context: PromptContext, head
     queries_block = max(16, triton.next_power_of_2(TILE_ROWS * heads.queries_per_kv))
     is_fp32, table_SW = q_THd.dtype == torch.float32, context.table.pages_SW
     prompt_kernel[(heads.num_kv_heads, num_tiles)](
-        q_THd, pages_PSHd, table_SW, context.seats_T, context.positions_T, out_TA, q_THd.stride(0),
+        q_THd, pages_PSHd, table_SW, context.seats_B, context.positions_B, out_TA, q_THd.stride(0),
         pages_PSHd.stride(0), pages_PSHd.stride(1), table_SW.stride(0), table_SW.shape[1], out_TA.stride(0),
         q_THd.shape[0], context.chunk_tokens, _LOG2_E / math.sqrt(heads.head_dim),
         PAGE_TOKENS=context.table.page_tokens, NUM_KV_HEADS=heads.num_kv_heads, GROUP=heads.queries_per_kv,

@@ -6,7 +6,7 @@ from torch import Tensor
 from unit.kernels import attention_cases as cases
 
 from actors.kernels import decode_attention
-from actors.kernels.decode_attention import DecodeContext, DecodeScratch
+from actors.kernels.decode_attention import DecodeScratch, PagedContext
 from actors.kernels.heads import Heads
 from actors.kernels.prefill_attention import PackedRuns, packed_attention, run_attention
 from actors.kernels.step_inputs import PageTable
@@ -94,7 +94,7 @@ def test_decode_of_long_contexts_far_into_the_pool(num_shares: int | None) -> No
     shape, lengths = cases.SCOUT, [1, 64, 65, 1000, 9000, 40000]
     num_pages = (1 << 31) // (16 * 16 * 128) + len(lengths) * 2500 + 1
     pages_PSHd, table = long_context(len(lengths), max(lengths), shape, num_pages, far=True)
-    context = DecodeContext(
+    context = PagedContext(
         seats_B=torch.arange(len(lengths), dtype=torch.int32, device=CUDA),
         positions_B=torch.tensor(lengths, device=CUDA) - 1,
         table=table,
@@ -111,7 +111,7 @@ def test_decode_graph_serves_every_length() -> None:
     shape = cases.SCOUT_QUARTER
     pages_PSHd, table = long_context(8, 4096, shape, 8 * 256, far=False)
     seats_B = torch.arange(8, dtype=torch.int32, device=CUDA)
-    context = DecodeContext(
+    context = PagedContext(
         seats_B=seats_B, positions_B=torch.zeros(8, dtype=torch.int64, device=CUDA), table=table, chunk_tokens=0
     )
     q_BHd = torch.randn(8, shape.num_heads, 128, dtype=BF16, device=CUDA)
@@ -141,7 +141,7 @@ def test_decode_of_many_rows_of_random_lengths(num_rows: int) -> None:
     lengths_B[7] = 1
     seats_B = torch.arange(num_rows, dtype=torch.int32, device=CUDA)
     seats_B[::9] = -1
-    context = DecodeContext(seats_B=seats_B, positions_B=lengths_B - 1, table=table, chunk_tokens=0)
+    context = PagedContext(seats_B=seats_B, positions_B=lengths_B - 1, table=table, chunk_tokens=0)
     q_BHd = torch.randn(num_rows, shape.num_heads, 128, dtype=BF16, device=CUDA)
     scratch = DecodeScratch(shape, num_rows, CUDA)
     for _ in range(3):

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from actors.kernels import decode_attention, heads, norm, prompt_attention
-from actors.kernels.decode_attention import DecodeContext, DecodeScratch, NewestTokens
+from actors.kernels.decode_attention import DecodeScratch, NewestTokens, PagedContext
 from actors.kernels.heads import Heads
-from actors.kernels.prompt_attention import TILE_ROWS, PromptContext
+from actors.kernels.prompt_attention import TILE_ROWS
 from actors.kernels.step_inputs import PageTable
 
 TINY = Heads(num_heads=10, num_kv_heads=2, head_dim=16, qk_norm_eps=1e-5)
@@ -178,7 +178,7 @@ def check_decode(
 
     positions_B = torch.tensor(case.positions)
     seats_B = torch.where(positions_B < 0, -1, seats).int()
-    context = DecodeContext(
+    context = PagedContext(
         seats_B=seats_B.to(device),
         positions_B=positions_B.to(device),
         table=PageTable(pages_SW=table_SW.to(device), page_tokens=page_tokens),
@@ -228,7 +228,7 @@ def check_store_and_attend(
             rotations_BR2=None if rotations_BR2 is None else rotations_BR2.to(where),
             temperatures_B=None if temperatures_B is None else temperatures_B.to(where),
         )
-        context = DecodeContext(
+        context = PagedContext(
             seats_B=seats_B.to(where), positions_B=positions_B.to(where),
             table=PageTable(pages_SW=table_SW.to(where), page_tokens=page_tokens), chunk_tokens=case.chunk_tokens,
         )  # fmt: skip
@@ -293,8 +293,8 @@ def check_prompts(
         unseen_QL = where[None] > torch.arange(start, start + num_tokens)[:, None]
         shares_HQL = scores_HQL.masked_fill(unseen_QL, -math.inf).softmax(-1)
         expected_THd[first : first + num_tokens] = (shares_HQL @ v_HLd).transpose(0, 1)
-    context = PromptContext(
-        seats_T=seats_T.to(device), positions_T=positions_T.to(device),
+    context = PagedContext(
+        seats_B=seats_T.to(device), positions_B=positions_T.to(device),
         table=PageTable(pages_SW=table_SW.to(device), page_tokens=page_tokens), chunk_tokens=case.chunk_tokens,
     )  # fmt: skip
     out_TA = torch.full((num_rows, shape.num_heads * shape.head_dim), 7.0, dtype=dtype, device=device)

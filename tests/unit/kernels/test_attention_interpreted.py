@@ -13,7 +13,7 @@ from interpreter import let_ranges_have_tensor_bounds, run_interpreted
 from torch import Tensor
 
 from actors.kernels import decode_attention, heads, norm, prompt_attention
-from actors.kernels.decode_attention import DecodeContext, DecodeScratch, NewestTokens, Tile
+from actors.kernels.decode_attention import DecodeScratch, NewestTokens, PagedContext, Tile
 from actors.kernels.heads import Heads
 from actors.kernels.triton_here import HAS_TRITON
 
@@ -67,7 +67,7 @@ def _with_triton() -> cases.Implementation:
 
 
 def _store_and_attend(
-    tile: Tile, qkv_BN: Tensor, pages_PSHd: Tensor, newest: NewestTokens, context: DecodeContext, shape: Heads,
+    tile: Tile, qkv_BN: Tensor, pages_PSHd: Tensor, newest: NewestTokens, context: PagedContext, shape: Heads,
     scratch: DecodeScratch,
 ) -> Tensor:  # fmt: skip
     qkv_BHd = qkv_BN.view(qkv_BN.shape[0], -1, shape.head_dim)
