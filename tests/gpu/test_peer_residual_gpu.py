@@ -43,9 +43,13 @@ class Ranks:
                 call(peers)
 
 
-def load_kernels(world: int, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Loading one waits until nothing runs: here, for a rank that waits for another one's, which is launched later."""
-    unit = Ranks(world, dtype, timeout_s=0.01)
+def load_kernels(world: int, dtype: torch.dtype = torch.bfloat16, timeout_s: float = 5.0) -> None:
+    """Loading one waits until nothing runs: here, for a rank that waits for another one's, which is launched later.
+    Triton compiles another for a timeout of more nanoseconds than 32 bits hold.
+    """
+    unit = Ranks(world, dtype, timeout_s)
+    for peers in unit.ranks:
+        peers.abort()  # they come one after another
     for weight in (None, torch.ones(D, dtype=dtype, device=CUDA)):
         for peers in unit.ranks:
             share = kept_of(peers, slice(0, 300))
@@ -86,7 +90,7 @@ def test_rows_are_right_and_the_same_bits_everywhere(world: int, dtype: torch.dt
 
 
 def test_a_peer_that_does_not_come_is_named_once_and_not_waited_for_again() -> None:
-    load_kernels(3)
+    load_kernels(3, timeout_s=0.2)
     unit = Ranks(3, timeout_s=0.2)
     h = torch.zeros(100, D, dtype=torch.bfloat16, device=CUDA)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -105,7 +109,7 @@ def test_a_peer_that_does_not_come_is_named_once_and_not_waited_for_again() -> N
 
 
 def test_the_host_ends_a_wait() -> None:
-    load_kernels(2)
+    load_kernels(2, timeout_s=30.0)
     unit = Ranks(2, timeout_s=30.0)
     h = torch.zeros(20, D, dtype=torch.bfloat16, device=CUDA)
     unit.run(lambda p: add_sums(p, h, slice(0, 40), None, EPS), 1)
