@@ -21,6 +21,7 @@ from actors.dispatch.rows import TokenShape
 from actors.dispatch.tensor_parallel import MOST_SUMMED_ROWS, TensorParallel, make_tensor_parallel
 from actors.errors import RankError
 from actors.kernels.norm import add_rms_norm
+from cluster.hardware import visible_name
 
 HOST = "127.0.0.1"
 JOIN_TIMEOUT_S = 20.0
@@ -268,7 +269,7 @@ class UnitOfRanks:
         before = dict(os.environ)
         os.environ["NCCL_NVLS_ENABLE"] = "0"
         if self._isolated:
-            os.environ["CUDA_VISIBLE_DEVICES"] = str(index)
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible_name(index)
             os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
         try:
             arguments = (index, self.size, device, self._hidden, self._dtype, theirs)

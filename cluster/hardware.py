@@ -125,6 +125,19 @@ def local_machines(device: Device) -> Machines:
     return Machines(accelerator=gpu_named(name, first.total_memory), count=count, per_host=count)
 
 
+def visible_name(gpu: int) -> str:
+    """What CUDA_VISIBLE_DEVICES calls the GPU that this process calls cuda:`gpu`. Raises LayoutError if it sees none
+    of that number.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return str(gpu)
+    names = [name.strip() for name in visible.split(",") if name.strip()]
+    if gpu >= len(names):
+        raise LayoutError(f"there is no cuda:{gpu}: CUDA_VISIBLE_DEVICES={visible!r} names {len(names)} GPUs")
+    return names[gpu]
+
+
 def cpu_machine(memory_bytes: int) -> Machines:
     """One CPU machine with this much memory and as many cores as this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -20,6 +20,7 @@ from actors.rank import Rank
 from actors.rank_loop import RankLoop
 from actors.router.fleet import FleetNews, RankDown, RankUp
 from actors.types import RankEndpoints, Role
+from cluster.hardware import visible_name
 from cluster.rank_environment import RANK_ENVIRONMENT
 
 log = logging.getLogger("corral.fleet")
@@ -143,7 +144,7 @@ class LocalFleet:
         kind, _, number = device.partition(":")
         environment = dict(RANK_ENVIRONMENT)
         if kind == "cuda":  # as in a Ray actor: a rank sees its own GPU and no other
-            environment["CUDA_VISIBLE_DEVICES"] = number
+            environment["CUDA_VISIBLE_DEVICES"] = visible_name(int(number))
         process = self._context.Process(
             target=_live,
             args=(

@@ -54,8 +54,9 @@ def choose_few_rows(
             return FewRowsTiles(outputs=32, rows=8, inputs=128, warps=4, stages=4)
         if swiglu:
             return FewRowsTiles(outputs=64, rows=8, inputs=128, warps=2, stages=3)
-        split = 4 if num_rows == 1 and inputs % 2048 == 0 else 1  # one row has too few programs
-        return FewRowsTiles(outputs=64, rows=8, inputs=128, warps=4, stages=3, split=split)
+        if num_rows == 1 and inputs % 2048 == 0:  # one row has too few programs
+            return FewRowsTiles(outputs=64, rows=8, inputs=128, warps=4, stages=3, split=4)
+        return FewRowsTiles(outputs=32, rows=8, inputs=128, warps=4, stages=3)
     if form == "fp8" or not is_single or num_rows > MAX_FEW_PLAIN_ROWS:
         return None
     if num_rows == 1:

@@ -3,7 +3,7 @@
 import pytest
 
 from actors.errors import LayoutError
-from cluster.hardware import H100, gpu_named, machines_of_nodes, parse_machines
+from cluster.hardware import H100, gpu_named, machines_of_nodes, parse_machines, visible_name
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,12 @@ def test_a_cluster_without_what_is_asked_for_is_refused() -> None:
 def test_a_gpu_that_no_table_has_keeps_its_memory() -> None:
     unknown = gpu_named("L40S", memory_bytes=48 * 10**9)
     assert unknown.memory_bytes == 48 * 10**9 and unknown.memory_bytes_s == H100.memory_bytes_s
+
+
+def test_a_rank_gets_the_gpu_that_its_starter_sees_by_that_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_name(2) == "2"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-5a1e")
+    assert [visible_name(gpu) for gpu in range(2)] == ["3", "GPU-5a1e"]
+    with pytest.raises(LayoutError, match="cuda:2"):
+        visible_name(2)
