@@ -51,7 +51,7 @@ class StepFields:
         """
         self._turn = (self._turn + 1) % BUFFERS
         is_read = self._are_read[self._turn]
-        if is_read is not None:
+        if is_read is not None and not is_read.query():
             is_read.synchronize()
         return self._on_host[self._turn].numpy()  # type: ignore[no-any-return]
 

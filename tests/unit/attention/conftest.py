@@ -61,6 +61,23 @@ def make_case(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
     return make
 
 
+@pytest.fixture(scope="module")
+def load_once(make_case: Callable[..., Case]) -> Callable[..., LocalModel]:
+    """load_once(variant, **settings): a model for all tests of a file that leave nothing to the next epoch.
+
+    By file, since some patch what is loaded.
+    """
+    loaded: dict[tuple[object, ...], LocalModel] = {}
+
+    def load(variant: str, **settings: object) -> LocalModel:
+        key = (variant, *sorted(settings.items()))
+        if key not in loaded:
+            loaded[key] = make_case(variant).load(**settings)
+        return loaded[key]
+
+    return load
+
+
 def _make_case(directory: Path, shape: ModelShape, options: dict[str, object]) -> Case:
     import transformers
 

@@ -25,20 +25,20 @@ def _on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("variant", ["maverick", "scout"])
 @pytest.mark.parametrize("num_tokens", [1, 6, 12, 15, 16, 17, 33, 70])
-def test_prompt_at_once(make_case: Callable, variant: str, num_tokens: int) -> None:
+def test_prompt_at_once(make_case: Callable, load_once: Callable, variant: str, num_tokens: int) -> None:
     case = make_case(variant)
-    ours = case.load().logits(case.prompts[0][:num_tokens])
+    ours = load_once(variant).logits(case.prompts[0][:num_tokens])
     assert (ours - case.logits[0][:num_tokens]).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("variant", ["maverick", "scout"])
 def test_mixed_batches_over_poisoned_pages(
-    make_case: Callable, poisoning_router: Callable, variant: str, seed: int
+    make_case: Callable, load_once: Callable, poisoning_router: Callable, variant: str, seed: int
 ) -> None:
     """Requests come and go; each step mixes pieces of every size; every page that is freed is filled with NaN."""
     case, draw = make_case(variant), random.Random(seed)
-    router = poisoning_router(case, case.load(kv_cache_bytes=1 << 20), seed)
+    router = poisoning_router(case, load_once(variant, kv_cache_bytes=1 << 20), seed)
     arrivals = [(draw.randrange(3), draw.randint(1, 70)) for _ in range(8)]
     while arrivals or router.running:
         if arrivals and (not router.running or draw.random() < 0.4):

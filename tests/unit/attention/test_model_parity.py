@@ -19,16 +19,16 @@ relaxed = settings(
 
 @variants
 @pytest.mark.parametrize("num_tokens", [1, 15, 16, 17, 31, 32, 33, 47, 48, 49, 70])
-def test_prompt_at_once(make_case: Callable, variant: str, num_tokens: int) -> None:
+def test_prompt_at_once(make_case: Callable, load_once: Callable, variant: str, num_tokens: int) -> None:
     case = make_case(variant)
-    ours = case.load().logits(case.prompts[0][:num_tokens])
+    ours = load_once(variant).logits(case.prompts[0][:num_tokens])
     assert (ours - case.logits[0][:num_tokens]).abs().max() < TOLERANCE
 
 
 @variants
-def test_one_token_at_a_time(make_case: Callable, variant: str) -> None:
+def test_one_token_at_a_time(make_case: Callable, load_once: Callable, variant: str) -> None:
     case = make_case(variant)
-    ours = case.load().logits(case.prompts[0], [1] * 70)
+    ours = load_once(variant).logits(case.prompts[0], [1] * 70)
     assert (ours - case.logits[0]).abs().max() < TOLERANCE
 
 
@@ -37,13 +37,13 @@ def test_one_token_at_a_time(make_case: Callable, variant: str) -> None:
 @relaxed
 @given(data=st.data())
 def test_any_split_into_prefill_chunks(
-    make_case: Callable, variant: str, page_tokens: int, data: st.DataObject
+    make_case: Callable, load_once: Callable, variant: str, page_tokens: int, data: st.DataObject
 ) -> None:
     case = make_case(variant)
     sizes = []
     while sum(sizes) < 70:
         sizes.append(data.draw(st.integers(1, min(40, 70 - sum(sizes)))))
-    ours = case.load(page_tokens=page_tokens).logits(case.prompts[1], sizes)
+    ours = load_once(variant, page_tokens=page_tokens).logits(case.prompts[1], sizes)
     assert (ours - case.logits[1]).abs().max() < TOLERANCE
 
 
@@ -62,11 +62,11 @@ def test_other_spellings_are_the_same_model(make_case: Callable, variant: str, o
 @settings(relaxed, max_examples=6)
 @given(seed=st.integers(0, 1 << 30))
 def test_mixed_batches_over_poisoned_pages(
-    make_case: Callable, poisoning_router: Callable, variant: str, seed: int
+    make_case: Callable, load_once: Callable, poisoning_router: Callable, variant: str, seed: int
 ) -> None:
     """Requests come and go; each step mixes prefill and decode; every page that is freed is filled with NaN."""
     case, draw = make_case(variant), random.Random(seed)
-    router = poisoning_router(case, case.load(kv_cache_bytes=1 << 20), seed)
+    router = poisoning_router(case, load_once(variant, kv_cache_bytes=1 << 20), seed)
     arrivals = [(draw.randrange(3), draw.randint(1, 70)) for _ in range(6)]
     while arrivals or router.running:
         if arrivals and (not router.running or draw.random() < 0.3):

@@ -11,9 +11,13 @@ class Mark:
     """An event that the device reaches when somebody waits for it."""
 
     is_reached = False
+    is_waited_for = False
+
+    def query(self) -> bool:
+        return self.is_reached
 
     def synchronize(self) -> None:
-        self.is_reached = True
+        self.is_reached = self.is_waited_for = True
 
 
 def test_fields_are_not_written_again_before_the_device_has_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,3 +35,16 @@ def test_fields_are_not_written_again_before_the_device_has_read_them(monkeypatc
         assert [mark.is_reached for mark in marks] == [idx + BUFFERS <= step for idx in range(step)]
         fields.send()
         assert bool((fields.packed_FB == step).all())
+
+
+def test_nobody_waits_for_what_has_been_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    marks = [Mark() for _ in range(2 * BUFFERS)]
+    for each in marks:
+        each.is_reached = True
+    turns = iter(marks)
+    monkeypatch.setattr(step_fields, "mark", lambda _: next(turns))
+    fields = StepFields.of_singles(8, torch.device("cpu"))
+    for _ in marks:
+        fields.next()
+        fields.send()
+    assert not any(each.is_waited_for for each in marks)
