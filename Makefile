@@ -44,7 +44,7 @@ test: $(DEV) $(if $(shell command -v npm),$(NODE))
 test-fast: $(DEV)
 	$(BIN)/python -m pytest -n 2 tests/unit $(PYTEST_FLAGS)
 
-# Brings up cluster/local.yaml for real, on hosts that are namespaces. Needs root, sshd, rsync, and three to five minutes.
+# Brings up cluster/local.yaml for real, on hosts that are namespaces; skipped without root, sshd and rsync. Four minutes.
 test-cluster: $(DEV)
 	$(BIN)/python -m pytest -m cluster tests/cluster tests/integration -s $(PYTEST_FLAGS)
 

@@ -2,7 +2,7 @@
 
 Decode steps are captured; with `--prefill TOKENS` steps of so many tokens are looked into instead, all of prompts of
 `--context-tokens` each. `--gpus` above 1: as many ranks of one attention unit. The first is looked into; what it waits
-for the others is in the kernels that sum.
+for the others is in the kernels that sum. Spare `expert_slots` hold replicas, as they would after a while of load.
 
     python -m benchmarks.gpu_profile --shape scout-fp8 --layers 4 --batches 1,32
 """
@@ -14,7 +14,9 @@ import random
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from actors.dispatch.rows import TokenShape
 from actors.dispatch.tensor_parallel import make_tensor_parallel
 from actors.expert.worker import ExpertWorker
 from actors.precision import compute_dtype
-from actors.types import Admission, RankPlan, SamplingParams, Work
+from actors.types import EMPTY_SLOT, Admission, RankPlan, SamplingParams, Work
 from benchmarks.gpu_decode import describe_model
 from cluster.floors import Split
 from cluster.layout import rank_specs
@@ -44,6 +46,20 @@ GREEDY = SamplingParams(max_tokens=10**6, temperature=0.0)
 HOST = "127.0.0.1"
 GROUP_TIMEOUT_S = 20.0
 JOIN_TIMEOUT_S = 60.0
+
+
+def with_replicas(held: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Experts of each rank's slots; in those that were empty are replicas of others' experts, no expert twice more than
+    another.
+    """
+    experts_of = [[expert for expert in of_rank if expert != EMPTY_SLOT] for of_rank in held]
+    order = [expert for row in zip_longest(*experts_of) for expert in row if expert is not None]
+    filled = []
+    for own, of_rank in zip(experts_of, held, strict=True):
+        taken = [expert for expert in order if expert not in own][: len(of_rank) - len(own)]
+        order = [expert for expert in order if expert not in taken] + taken
+        filled.append((*own, *taken))
+    return filled
 
 
 class UnitMember:
@@ -61,7 +77,8 @@ class UnitMember:
             layout="colocated", attention_ranks=size, expert_ranks=size, attention_tp=size, expert_tp=pipeline.expert_tp
         )
         specs = rank_specs(split, config, expert_slots=pipeline.expert_slots)
-        slots = {spec.rank: spec.slots for spec in specs}
+        held = {layer: with_replicas([spec.slots[layer] for spec in specs]) for layer in config.moe_layers}
+        slots = {spec.rank: {layer: of_ranks[spec.rank] for layer, of_ranks in held.items()} for spec in specs}
         most_rows = max(pipeline.max_num_batched_tokens, most_prompt_rows(pipeline))
         tp = make_tensor_parallel((index, size), shape, most_rows)
         part, of = specs[index].expert_shard

@@ -18,6 +18,11 @@ from pathlib import Path
 
 NEEDED = ("sshd", "ssh-keygen", "rsync", "unshare", "nsenter", "setpriv", "ip")
 SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
+SPACES = ("--net", "--mount", "--uts", "--ipc")  # of a host; and one of processes
+PROBE = [
+    *("unshare", *SPACES, "--pid", "--fork", "sh", "-c"),
+    f"PATH=$PATH:{SBIN}; mount -t proc proc /proc && ip link add switch type bridge && ip link add port type veth peer name eth0",
+]
 PREFIX = "10.77.0"
 GATEWAY = f"{PREFIX}.254"  # leads nowhere: Ray asks the routing table for its own address
 START_TIMEOUT_S = 20.0
@@ -37,9 +42,13 @@ Subsystem sftp internal-sftp
 
 
 def missing_tools() -> list[str]:
-    """What this machine lacks for hosts; `root` if that is the right to make them."""
+    """What this machine lacks for hosts: tools, or else the right to make them."""
     missing = [name for name in NEEDED if shutil.which(name, path=f"{os.environ['PATH']}:{SBIN}") is None]
-    return missing if os.geteuid() == 0 else [*missing, "root"]
+    if os.geteuid() != 0:
+        return [*missing, "root"]
+    if not missing and subprocess.run(PROBE, capture_output=True).returncode:
+        return ["namespaces, mounts, bridges or veth pairs"]  # which root of a container may not be allowed to make
+    return missing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +168,7 @@ class Network:
         self._furnish(folder, addresses)
         keep = ":".join({sys.base_prefix, sys.prefix, str(Path(__file__).parents[2])})
         script = [str(Path(__file__).with_name("host.sh")), str(folder), str(self._shared), keep]
-        pid = self._hold(["--net", "--mount", "--uts", "--ipc"], script, folder / "sshd.log")
+        pid = self._hold(SPACES, script, folder / "sshd.log")
         self._plug_in(
             "ip link add $0 type veth peer name eth0 netns $1 && ip link set $0 master switch up",
             f"port-{name}",
