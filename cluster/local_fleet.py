@@ -11,6 +11,7 @@ import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -76,7 +77,8 @@ class LocalFleet:
         self._threads = threads_per_rank
         self._host = host
         self._logs = logs
-        self._context = multiprocessing.get_context("spawn")
+        # That ranks are started from.
+        self.context: SpawnContext | ForkServerContext = multiprocessing.get_context("spawn")
         self.processes: dict[int, BaseProcess] = {}
         self._device_of: dict[int, str] = {}
         self._starting: dict[int, multiprocessing.connection.Connection] = {}
@@ -140,12 +142,12 @@ class LocalFleet:
         self._endpoints.pop(rank, None)
 
     def _spawn(self, rank: int, device: str) -> multiprocessing.connection.Connection:
-        ours, theirs = self._context.Pipe(duplex=False)
+        ours, theirs = self.context.Pipe(duplex=False)
         kind, _, number = device.partition(":")
         environment = dict(RANK_ENVIRONMENT)
         if kind == "cuda":  # as in a Ray actor: a rank sees its own GPU and no other
             environment["CUDA_VISIBLE_DEVICES"] = visible_name(int(number))
-        process = self._context.Process(
+        process = self.context.Process(
             target=_live,
             args=(
                 rank,

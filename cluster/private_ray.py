@@ -51,9 +51,10 @@ def apply_environment(environment: MutableMapping[str, str], scratch: Path, fron
     join_environment(environment, token_file)
     token_file.touch(mode=0o600)
     token_file.write_text(secrets.token_hex(32))
-    stats, metrics, fallback_http, fallback_grpc = free_ports(4)
-    # gRPC servers of two services would share a replica's port without an error, and each other's calls with it.
-    replicas = free_block(2 * _REPLICA_PORTS)
+    # None that the system gives away, or a listener of Ray's own might get one before it is used. And gRPC servers of
+    # two services would share a replica's port without an error, and each other's calls with it.
+    stats = free_block(4 + 2 * _REPLICA_PORTS)
+    metrics, fallback_http, fallback_grpc, replicas = range(stats + 1, stats + 5)
     environment.update(
         {
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -98,12 +99,6 @@ def check_port(host: str, port: int, flag: str) -> None:
     """Raises ConfigError, naming the flag, if nothing can listen on `port`."""
     with _bound(host, port, flag):
         return
-
-
-def free_ports(count: int) -> tuple[int, ...]:
-    """Different ports that nothing listens on now."""
-    with ExitStack() as stack:
-        return tuple(stack.enter_context(_bound("", 0, "port")) for _ in range(count))
 
 
 def free_block(count: int) -> int:

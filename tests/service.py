@@ -1,25 +1,39 @@
 """A real service for tests: `corral serve` in a process of its own, with its private Ray."""
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 
+from cluster.session import Session, StateFolder
+
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 40.0
+_PORTS = set(range(5000, 6300))  # nothing in Ray has its default here
+_DRAW = random.SystemRandom()  # not what a test may have seeded
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """Nothing listens on it. It is below those that Linux gives to who wants any: else one of a starting service's
+    forty listeners might get it before the one that it is meant for.
+    """
+    for port in _DRAW.sample(sorted(_PORTS), len(_PORTS)):
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("", port))
+            _PORTS.remove(port)
+            return port
+    raise AssertionError("no port is free")
 
 
 @dataclass
@@ -41,6 +55,21 @@ class Service:
     @property
     def grpc_address(self) -> str:
         return f"127.0.0.1:{self.grpc_port}"
+
+    @property
+    def _environment(self) -> dict[str, str]:
+        return {**os.environ, "XDG_STATE_HOME": str(self.log.parent / "state")}
+
+    @property
+    def session(self) -> Session:
+        session = StateFolder(self.http_port, self._environment).read()
+        assert session is not None
+        return session
+
+    def corral(self, *arguments: str) -> str:
+        """What `corral ARGUMENTS` prints for the person that this service belongs to."""
+        command = [sys.executable, "-m", "cluster.cli", *arguments]
+        return subprocess.run(command, env=self._environment, capture_output=True, text=True, timeout=60).stdout
 
     def pids(self, name: str) -> list[int]:
         """Processes of this service whose title contains `name` (Ray titles workers ray::Class.method)."""
@@ -73,6 +102,25 @@ class Service:
                 pass
             time.sleep(0.1)
         raise AssertionError(f"not healthy within {timeout_s} s:\n{self.log.read_text()[-4000:]}")
+
+    def health(self) -> dict[str, Any]:
+        """What the router said last; up to a second old."""
+        return dict(httpx.get(f"{self.url}/health", timeout=10).json())
+
+    def wait_busy(self, num_requests: int, timeout_s: float = 10.0) -> None:
+        """Until so many requests run. Nothing that came before is told of afterwards."""
+        self._wait_health(lambda state: state["requests_running"] == num_requests, timeout_s)
+
+    def wait_idle(self, timeout_s: float = 10.0) -> None:
+        """Until nothing runs, nothing waits, and no page of KV cache is owned."""
+        names = ("requests_running", "requests_queued", "kv_used_fraction")
+        self._wait_health(lambda state: not any(state[name] for name in names), timeout_s)
+
+    def _wait_health(self, condition: Callable[[dict[str, Any]], bool], timeout_s: float) -> None:
+        ends_s = time.monotonic() + timeout_s
+        while not condition(state := self.health()):
+            assert time.monotonic() < ends_s, state
+            time.sleep(0.1)
 
     def metrics(self) -> str:
         """What Prometheus would scrape; up to 10 s old."""

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the name that everybody knows)
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 _FASTEST_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
@@ -45,11 +44,16 @@ def run_attention(q_QHd: Tensor, k_NHd: Tensor, v_NHd: Tensor, num_runs: int = 1
     with sdpa_kernel(backends, set_priority=True):
         out_BHQd = F.scaled_dot_product_attention(
             q_BHQd, k_BHNd, v_BHNd,
-            attn_mask=None if is_square else causal_lower_right(q_BHQd.shape[2], k_BHNd.shape[2]),
+            attn_mask=None if is_square else _sees_to_its_own(q_BHQd.shape[2], k_BHNd.shape[2], q_QHd.device),
             is_causal=is_square,
             enable_gqa=q_BHQd.shape[1] != k_BHNd.shape[1],
         )  # fmt: skip
     return out_BHQd.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def _sees_to_its_own(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    """[Q, N] of bools. torch.nn.attention.bias has it too, and brings torch's compiler: a second for each process."""
+    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
 
 
 def packed_attention(q_THd: Tensor, k_NHd: Tensor, v_NHd: Tensor, runs: PackedRuns) -> Tensor:

@@ -27,7 +27,7 @@ from actors.config import PipelineConfig
 from actors.errors import ConfigError, UnavailableError
 from actors.ingress.api_keys import ApiKeys
 from cluster.hardware import local_machines
-from cluster.private_ray import Front, ServicePorts, apply_environment, check_port, free_ports
+from cluster.private_ray import Front, ServicePorts, apply_environment, check_port, free_block
 from cluster.session import Session, StateFolder, all_sessions, end_family, family_of, open_session, stop_session
 
 START_TIMEOUT_S = 1800.0  # a checkpoint of hundreds of gigabytes takes its time
@@ -104,7 +104,7 @@ def serve(
     args = {"pipeline": pipeline.as_dict(), "ingress": {"api_keys_file": api_keys_file or ""}}
     state = StateFolder(port)
     _refuse_second(state, port)
-    ports = ServicePorts(host=host, http=port, grpc=grpc_port, metrics=metrics_port or free_ports(1)[0])
+    ports = ServicePorts(host=host, http=port, grpc=grpc_port, metrics=metrics_port or free_block(1))
     for flag, number in (("port", ports.http), ("grpc-port", ports.grpc), ("metrics-port", ports.metrics)):
         check_port(host, number, flag)
     if detach:

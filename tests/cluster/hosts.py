@@ -21,7 +21,8 @@ SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 SPACES = ("--net", "--mount", "--uts", "--ipc")  # of a host; and one of processes
 PROBE = [
     *("unshare", *SPACES, "--pid", "--fork", "sh", "-c"),
-    f"PATH=$PATH:{SBIN}; mount -t proc proc /proc && ip link add switch type bridge && ip link add port type veth peer name eth0",
+    f"PATH=$PATH:{SBIN}; mount -t proc proc /proc && ip link add switch type bridge"
+    " && ip link add port type veth peer name eth0",
 ]
 PREFIX = "10.77.0"
 GATEWAY = f"{PREFIX}.254"  # leads nowhere: Ray asks the routing table for its own address

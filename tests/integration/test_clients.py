@@ -5,7 +5,6 @@ import json
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -56,21 +55,6 @@ def asking(num_tokens: int, **fields: Any) -> Any:
     return pb.GenerateRequest(
         text=PROMPT, sampling=GREEDY, stopping=pb.Stopping(max_tokens=num_tokens, ignore_eos=True), **fields
     )
-
-
-def idle(service: Any) -> dict[str, Any]:
-    return dict(httpx.get(f"{base_url(service)}/health", timeout=10).json())
-
-
-def wait_idle(service: Any, seconds: float = 10) -> None:
-    """Nothing runs, nothing waits, no KV page is owned. The status is as old as the last beat (a second)."""
-    until_s = time.monotonic() + seconds
-    while True:
-        state = idle(service)
-        if (state["requests_running"], state["requests_queued"], state["kv_used_fraction"]) == (0, 0, 0.0):
-            return
-        assert time.monotonic() < until_s, state
-        time.sleep(0.2)
 
 
 # --- openai ------------------------------------------------------------------------------------------------------
@@ -200,7 +184,7 @@ def test_grpc_bad_input_names_the_field(stub: Any, channel: grpc.Channel, servic
     with pytest.raises(grpc.RpcError) as e:
         stub.Generate(asking(1, model="no-such-model"), timeout=10)
     assert e.value.code() == grpc.StatusCode.NOT_FOUND
-    wait_idle(service)
+    service.wait_idle()
 
 
 def test_grpc_deadlines_and_cancel_free_everything(stub: Any, service: Any) -> None:
@@ -213,17 +197,21 @@ def test_grpc_deadlines_and_cancel_free_everything(stub: Any, service: Any) -> N
     stream = stub.GenerateStream(asking(10_000), timeout=60)
     next(stream)
     stream.cancel()
-    wait_idle(service)
+    service.wait_idle()
 
 
 @pytest.mark.skipif(shutil.which("npm") is None, reason="needs node and npm")
 def test_node_client(service: Any, stub: Any, tmp_path: Path) -> None:
-    for name in ("package.json", "client.mjs"):
-        shutil.copy(NODE_CLIENT / name, tmp_path)
-    install = ["npm", "install", "--no-audit", "--no-fund", "--loglevel=error"]
-    subprocess.run(install, cwd=tmp_path, check=True, timeout=100, capture_output=True)
+    """Its packages are those that `make test` has installed, if it has."""
+    folder = NODE_CLIENT
+    if not (folder / "node_modules").is_dir():
+        folder = tmp_path
+        for name in ("package.json", "client.mjs"):
+            shutil.copy(NODE_CLIENT / name, folder)
+        install = ["npm", "install", "--no-audit", "--no-fund", "--loglevel=error"]
+        subprocess.run(install, cwd=folder, check=True, timeout=100, capture_output=True)
     command = ["node", "client.mjs", f"127.0.0.1:{service.grpc_port}", str(ROOT), service.model]
-    done = subprocess.run(command, cwd=tmp_path, timeout=100, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=folder, timeout=100, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     here = stub.Generate(asking(12), timeout=60)
@@ -235,7 +223,7 @@ def test_node_client(service: Any, stub: Any, tmp_path: Path) -> None:
     assert result["unknown_model"]["code"] == grpc.StatusCode.NOT_FOUND.value[0]
     assert result["bad_value"]["details"].startswith("sampling.temperature: ")
     assert result["cancelled"] == grpc.StatusCode.CANCELLED.value[0]
-    wait_idle(service)
+    service.wait_idle()
 
 
 # --- clients that behave badly -----------------------------------------------------------------------------------
@@ -254,7 +242,7 @@ def test_http_bodies_that_are_wrong(service: Any) -> None:
                 assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
         assert http.get("/nothing").json()["error"]["code"] == "unknown_url"
         assert http.delete("/v1/completions").json()["error"]["code"] == "method_not_allowed"
-    wait_idle(service)
+    service.wait_idle()
 
 
 async def test_500_connections_at_once(service: Any) -> None:
@@ -269,7 +257,7 @@ async def test_500_connections_at_once(service: Any) -> None:
     assert len(good) >= 250
     assert len({answer.json()["choices"][0]["text"] for answer in good}) == 1
     assert all("retry-after" in answer.headers for answer in answers if answer.status_code == 429)
-    wait_idle(service)
+    service.wait_idle()
 
 
 def test_a_slow_reader_stalls_nobody(service: Any, stub: Any) -> None:
@@ -303,4 +291,5 @@ def test_clients_that_vanish_leave_nothing_behind(service: Any, channel: grpc.Ch
         streams = [inference_pb2_grpc.InferenceStub(other).GenerateStream(asking(4000)) for _ in range(4)]
         for stream in streams:
             next(stream)
-    wait_idle(service)
+        service.wait_busy(len(streams))  # and no longer with those before
+    service.wait_idle()

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from forked import forked_engine
 from transformers import AutoModelForCausalLM
 
 from actors.checkpoint.shape_models import ensure_shape_model
-from benchmarks.engine import Engine
 from benchmarks.workload import Item
 
 RNG = random.Random(5)
@@ -55,7 +55,7 @@ def expected(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def test_every_layout_gives_the_tokens_of_transformers(expected: tuple[Path, list[list[int]]], layout: str) -> None:
     directory, tokens = expected
     keys = {"threads_per_rank": 1, "max_model_len": 1024, "kv_cache_bytes": 32 << 20} | LAYOUTS[layout]
-    with Engine(directory, **keys) as engine:
+    with forked_engine(directory, **keys) as engine:
         traces = engine.run(ITEMS)
         assert not [trace.problem for trace in traces if trace.problem]
         assert [trace.token_ids for trace in traces] == tokens
@@ -67,7 +67,9 @@ def test_every_layout_gives_the_tokens_of_transformers(expected: tuple[Path, lis
 def test_preempted_requests_give_the_same_tokens(expected: tuple[Path, list[list[int]]]) -> None:
     """A cache so small that requests are preempted and computed again."""
     directory, tokens = expected
-    with Engine(directory, layout="single", threads_per_rank=1, max_model_len=256, kv_cache_bytes=1 << 20) as engine:
+    with forked_engine(
+        directory, layout="single", threads_per_rank=1, max_model_len=256, kv_cache_bytes=1 << 20
+    ) as engine:
         traces = engine.run(ITEMS)
         assert [trace.token_ids for trace in traces] == tokens
         assert engine.router.metrics.load is not None

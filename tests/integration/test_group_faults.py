@@ -1,6 +1,5 @@
 """Groups under fire: real processes that are killed or stopped in the midst of dispatch, and what the others see."""
 
-import multiprocessing as mp
 import os
 import signal
 import time
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import forking
 from torch import Tensor
 
 from actors.dispatch.collective import CollectiveDispatch
@@ -86,8 +86,7 @@ class Members:
     """Processes that can be told to join, serve and leave, and be killed."""
 
     def __init__(self, num: int, endpoint: str) -> None:
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["actors.dispatch.collective"])  # torch is imported once for all members
+        context = forking()
         self.pipes: list[Connection] = []
         self.processes = []
         for _ in range(num):

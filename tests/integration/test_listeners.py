@@ -10,8 +10,6 @@ import pytest
 from listeners import listeners, too_open, undocumented
 from service import Service
 
-from cluster.session import StateFolder
-
 NODE = "127.0.0.2"
 PROMPT = "quinquereme of nineveh"
 READ_SECRET = """
@@ -38,36 +36,35 @@ def test_what_asks_for_token_or_secret_asks(service: Service) -> None:
 
 
 def test_other_users_of_the_machine_cannot_get_at_its_files(service: Service) -> None:
-    assert scratch(service).stat().st_mode & 0o077 == 0
+    assert Path(service.session.scratch).stat().st_mode & 0o077 == 0
 
 
 def test_neither_token_nor_secret_nor_prompt_is_in_a_log(service: Service) -> None:
     body = {"model": service.model, "prompt": PROMPT, "max_tokens": 2}
     assert httpx.post(f"{service.url}/v1/completions", json=body, timeout=30).status_code == 200
     assert httpx.post(f"{service.url}/v1/completions", json=body | {"n": 0}, timeout=30).status_code == 400
-    token = (scratch(service) / "token").read_text()
+    scratch = Path(service.session.scratch)
+    token = (scratch / "token").read_text()
     secret = pipeline_secret(service)
     hidden = [token.encode(), PROMPT.encode(), secret, secret.hex().encode(), repr(secret)[2:-1].encode()]
-    logs = [service.log, *(path for path in (scratch(service) / "ray").rglob("logs/**/*") if path.is_file())]
+    logs = [
+        service.log,
+        *(path for path in (Path(service.session.scratch) / "ray").rglob("logs/**/*") if path.is_file()),
+    ]
     assert len(logs) > 20
     assert [path for path in logs if any(text in path.read_bytes() for text in hidden)] == []
-
-
-def scratch(service: Service) -> Path:
-    session = StateFolder(service.http_port, {"XDG_STATE_HOME": str(service.log.parent / "state")}).read()
-    assert session is not None
-    return Path(session.scratch)
 
 
 def pipeline_secret(service: Service) -> bytes:
     """As Ray gives it to who has the token. Asked for without, it is refused."""
     (gcs,) = [x for x in listeners(family(service)) if "gcs_server" in x.process]
     command = [sys.executable, "-c", READ_SECRET, f"{NODE}:{gcs.port}"]
-    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(scratch(service) / "token")}
+    scratch = Path(service.session.scratch)
+    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(scratch / "token")}
     reply = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
     secret = bytes.fromhex(reply.stdout.strip())
     assert len(secret) == 32
-    other = scratch(service) / "other"
+    other = scratch / "other"
     other.write_text("0" * 64)
     refused = subprocess.run(
         command, env=environment | {"RAY_AUTH_TOKEN_PATH": str(other)}, capture_output=True, text=True, timeout=60

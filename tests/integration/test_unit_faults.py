@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import forked_engine
 
 from actors.checkpoint.shape_models import ensure_shape_model
 from benchmarks.engine import Engine
@@ -32,9 +33,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_members_come_and_go_and_the_tokens_stay(
     checkpoint: Path, expert_tp: int, lost_shards: tuple[int, ...]
 ) -> None:
-    with Engine(checkpoint, layout="single", **KEYS) as engine:
+    with forked_engine(checkpoint, layout="single", **KEYS) as engine:
         expected = [trace.token_ids for trace in engine.run(ITEMS, **SAMPLING)]
-    with Engine(checkpoint, attention_tp=2, expert_tp=expert_tp, **KEYS) as engine:
+    with forked_engine(checkpoint, attention_tp=2, expert_tp=expert_tp, **KEYS) as engine:
         assert [trace.token_ids for trace in engine.run(ITEMS, **SAMPLING)] == expected
         for shard in lost_shards:
             members = await_members(engine)

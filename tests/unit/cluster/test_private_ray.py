@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from actors.errors import ConfigError
-from cluster.private_ray import apply_environment, check_port, free_block, free_ports
+from cluster.private_ray import apply_environment, check_port, free_block
 
 
 def _environment(scratch: Path, **foreign: str) -> dict[str, str]:
@@ -72,7 +72,3 @@ def test_a_block_avoids_a_port_that_many_may_share() -> None:
         with pytest.raises(ConfigError):
             check_port("", start, "port")
         assert free_block(4) != start
-
-
-def test_free_ports_differ() -> None:
-    assert len(set(free_ports(8))) == 8

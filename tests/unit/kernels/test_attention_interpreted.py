@@ -9,7 +9,7 @@ from functools import partial
 import attention_cases as cases
 import pytest
 import torch
-from interpreter import let_ranges_have_tensor_bounds, run_interpreted
+from interpreter import mend_interpreter, run_interpreted
 from torch import Tensor
 
 from actors.kernels import decode_attention, heads, norm, prompt_attention
@@ -31,7 +31,7 @@ def test_kernels_in_the_interpreter() -> None:
 
 
 def main() -> None:
-    let_ranges_have_tensor_bounds()
+    mend_interpreter()
     for dtype, num_deltas in ((FP32, 0), (FP16, 1), (FP16, 2)):
         cases.check_norm(_with_triton(), CPU, dtype, 2, 96, num_deltas)
     for dtype, rotates in ((FP32, True), (FP16, True), (FP16, False)):

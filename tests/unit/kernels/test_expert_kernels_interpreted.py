@@ -6,7 +6,7 @@ a carry when it casts to float8. INT4 is unpacked by shifts here; tests/gpu has 
 
 import pytest
 import torch
-from interpreter import let_ranges_have_tensor_bounds, run_interpreted
+from interpreter import mend_interpreter, run_interpreted
 from torch import Tensor
 
 from actors.kernels import grouped, quantize, route
@@ -204,7 +204,7 @@ def random_weight(form: Form, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | 
 
 def main() -> None:
     torch.manual_seed(0)
-    let_ranges_have_tensor_bounds()
+    mend_interpreter()
     check_rows()
     check_choice()
     check_lots()

@@ -6,7 +6,7 @@ before the next launch.
 
 import pytest
 import torch
-from interpreter import let_ranges_have_tensor_bounds, run_interpreted
+from interpreter import mend_interpreter, run_interpreted
 from torch import Tensor
 
 from actors.kernels.norm import add_rms_norm
@@ -24,7 +24,7 @@ def test_kernels_in_the_interpreter() -> None:
 
 
 def main() -> None:
-    let_ranges_have_tensor_bounds()
+    mend_interpreter()
     for dtype in (torch.float16, torch.float32):
         ranks = make_ranks(dtype)
         for call, norms in enumerate((True, False, True)):

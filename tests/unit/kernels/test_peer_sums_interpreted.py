@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from interpreter import let_ranges_have_tensor_bounds, run_interpreted
+from interpreter import mend_interpreter, run_interpreted
 from torch import Tensor
 
 from actors.kernels.draw import Draws, draw_tokens
@@ -29,7 +29,7 @@ def test_kernels_in_the_interpreter() -> None:
 
 
 def main() -> None:
-    let_ranges_have_tensor_bounds()
+    mend_interpreter()
     for dtype, hidden in ((torch.float16, HIDDEN), (torch.float16, 40), (torch.float32, 1)):
         check_sums(dtype, hidden)
     check_all_words()
