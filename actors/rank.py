@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from msgspec import structs
 
-from actors.attention.captured import most_prompt_rows
+from actors.attention.captured import most_step_rows
 from actors.attention.kv_cache import PagePools
 from actors.attention.sampler import SampledBatch
 from actors.attention.upload import mark
@@ -172,8 +172,7 @@ class Rank:
         model = read_model_config(Path(pipeline.model))
         experts = attention = pools = None
         laps = Laps()
-        most_rows = max(pipeline.max_num_batched_tokens, most_prompt_rows(pipeline))
-        tp = make_tensor_parallel(spec.shard, self._token_shape(model, pipeline), most_rows)
+        tp = make_tensor_parallel(spec.shard, self._token_shape(model, pipeline), most_step_rows(pipeline))
         if "expert" in spec.roles:
             index, of = spec.expert_shard
             experts = ExpertWorker.load(
@@ -407,8 +406,8 @@ class Rank:
         except RankError as e:
             self.leave()
             raise RankError(_number(epoch, e.rank, self.rank), e.problem) from e
-        nothing_sampled = mark(self._device) if sampled is None and self.runs_ahead else None
-        launched = Launched(plan, began_s, sampled, nothing_sampled if sampled is None else sampled.copied)
+        ended = sampled.copied if sampled is not None else mark(self._device) if self.runs_ahead else None
+        launched = Launched(plan, began_s, sampled, ended)
         self._count(plan, time.perf_counter() - began_s - (self._group.waited_s - waited_s))
         if self._joined_s is not None:
             now_s, joined_s, self._joined_s = time.monotonic(), self._joined_s, None

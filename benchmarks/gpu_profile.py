@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from actors.attention.captured import most_prompt_rows
+from actors.attention.captured import most_step_rows
 from actors.attention.local_model import LocalModel
 from actors.attention.worker import AttentionWorker
 from actors.checkpoint.config import read_model_config
@@ -79,8 +79,7 @@ class UnitMember:
         specs = rank_specs(split, config, expert_slots=pipeline.expert_slots)
         held = {layer: with_replicas([spec.slots[layer] for spec in specs]) for layer in config.moe_layers}
         slots = {spec.rank: {layer: of_ranks[spec.rank] for layer, of_ranks in held.items()} for spec in specs}
-        most_rows = max(pipeline.max_num_batched_tokens, most_prompt_rows(pipeline))
-        tp = make_tensor_parallel((index, size), shape, most_rows)
+        tp = make_tensor_parallel((index, size), shape, most_step_rows(pipeline))
         part, of = specs[index].expert_shard
         experts = ExpertWorker.load(config, pipeline, slots[index], device, shard=Shard(index=part, of=of))
         self.attention = AttentionWorker.load(config, pipeline, device, tp=tp)

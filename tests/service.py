@@ -26,7 +26,8 @@ _DRAW = random.SystemRandom()  # not what a test may have seeded
 
 def free_port() -> int:
     """Nothing listens on it. It is below those that Linux gives to who wants any: else one of a starting service's
-    forty listeners might get it before the one that it is meant for.
+    forty listeners might get it before the one that it is meant for. And it is none of the block that a service
+    takes for its own Ray, as one of `free_block` might be.
     """
     for port in _DRAW.sample(sorted(_PORTS), len(_PORTS)):
         with socket.socket() as s, contextlib.suppress(OSError):
@@ -65,6 +66,10 @@ class Service:
         session = StateFolder(self.http_port, self._environment).read()
         assert session is not None
         return session
+
+    @property
+    def scratch(self) -> Path:
+        return Path(self.session.scratch)
 
     def corral(self, *arguments: str) -> str:
         """What `corral ARGUMENTS` prints for the person that this service belongs to."""

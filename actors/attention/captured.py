@@ -53,6 +53,11 @@ def most_prompt_rows(pipeline: PipelineConfig) -> int:
     return 0 if pipeline.enforce_eager else min(MOST_PROMPT_ROWS, 2 * pipeline.max_num_batched_tokens)
 
 
+def most_step_rows(pipeline: PipelineConfig) -> int:
+    """Of any step, padding included."""
+    return max(pipeline.max_num_batched_tokens, most_prompt_rows(pipeline))
+
+
 def sizes_of_singles(max_rows: int) -> list[int]:
     """Rows for which steps without prompts are captured, ascending: 1, 2, 4, every 8th to 64, every 16th to 256, then
     every 64th.

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import httpx
 import psutil
@@ -36,21 +35,17 @@ def test_what_asks_for_token_or_secret_asks(service: Service) -> None:
 
 
 def test_other_users_of_the_machine_cannot_get_at_its_files(service: Service) -> None:
-    assert Path(service.session.scratch).stat().st_mode & 0o077 == 0
+    assert service.scratch.stat().st_mode & 0o077 == 0
 
 
 def test_neither_token_nor_secret_nor_prompt_is_in_a_log(service: Service) -> None:
     body = {"model": service.model, "prompt": PROMPT, "max_tokens": 2}
     assert httpx.post(f"{service.url}/v1/completions", json=body, timeout=30).status_code == 200
     assert httpx.post(f"{service.url}/v1/completions", json=body | {"n": 0}, timeout=30).status_code == 400
-    scratch = Path(service.session.scratch)
-    token = (scratch / "token").read_text()
+    token = (service.scratch / "token").read_text()
     secret = pipeline_secret(service)
     hidden = [token.encode(), PROMPT.encode(), secret, secret.hex().encode(), repr(secret)[2:-1].encode()]
-    logs = [
-        service.log,
-        *(path for path in (Path(service.session.scratch) / "ray").rglob("logs/**/*") if path.is_file()),
-    ]
+    logs = [service.log, *(path for path in (service.scratch / "ray").rglob("logs/**/*") if path.is_file())]
     assert len(logs) > 20
     assert [path for path in logs if any(text in path.read_bytes() for text in hidden)] == []
 
@@ -59,12 +54,11 @@ def pipeline_secret(service: Service) -> bytes:
     """As Ray gives it to who has the token. Asked for without, it is refused."""
     (gcs,) = [x for x in listeners(family(service)) if "gcs_server" in x.process]
     command = [sys.executable, "-c", READ_SECRET, f"{NODE}:{gcs.port}"]
-    scratch = Path(service.session.scratch)
-    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(scratch / "token")}
+    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(service.scratch / "token")}
     reply = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
     secret = bytes.fromhex(reply.stdout.strip())
     assert len(secret) == 32
-    other = scratch / "other"
+    other = service.scratch / "other"
     other.write_text("0" * 64)
     refused = subprocess.run(
         command, env=environment | {"RAY_AUTH_TOKEN_PATH": str(other)}, capture_output=True, text=True, timeout=60
