@@ -42,6 +42,7 @@ from cluster.floors import Split
 from cluster.layout import rank_specs
 
 PROFILED_STEPS = 3
+LAUNCHES = "launches of the profiled steps"
 GREEDY = SamplingParams(max_tokens=10**6, temperature=0.0)
 HOST = "127.0.0.1"
 GROUP_TIMEOUT_S = 20.0
@@ -176,7 +177,7 @@ class Prefilling:
 @dataclass(frozen=True, slots=True)
 class Profile:
     """Of one step: its milliseconds, those that the host takes to launch it, its launches and microseconds by kernel.
-    `waits`: calls that make the host wait, by name, in all profiled steps together. `idle_ms`: while no kernel ran.
+    `waits`: calls that make the host wait, by name, while all profiled steps were launched. `idle_ms`: while no kernel ran.
     """
 
     step_ms: float
@@ -200,29 +201,33 @@ def profile(steps: Decoding | Prefilling, num_steps: int) -> Profile:
     step_ms = (time.perf_counter() - began_s) / num_steps * 1e3
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(PROFILED_STEPS):
-            steps.launch()
+        with torch.profiler.record_function(LAUNCHES):
+            for _ in range(PROFILED_STEPS):
+                steps.launch()
         torch.cuda.synchronize()
     num_launches = 0
     waits: dict[str, int] = defaultdict(int)
     totals: dict[str, tuple[int, float]] = defaultdict(lambda: (0, 0.0))
     ran_us: list[tuple[float, float]] = []
-    for event in profiler.events():
+    events = profiler.events()
+    launched_us = min(event.time_range.end for event in events if event.name == LAUNCHES)  # of the host: it is ahead
+    for event in events:
+        if event.name == LAUNCHES:
+            continue
         if event.device_type == torch.profiler.DeviceType.CUDA:
             count, us = totals[event.name]
             totals[event.name] = (count + 1, us + event.device_time)
             ran_us.append((event.time_range.start, event.time_range.end))
         elif "Launch" in event.name:
             num_launches += 1
-        elif "Synchronize" in event.name or event.name == "cudaMemcpy":
+        elif ("Synchronize" in event.name or event.name == "cudaMemcpy") and event.time_range.start < launched_us:
             waits[event.name] += 1
-    waits["cudaDeviceSynchronize"] -= 1  # our own, after the last step
     kernels = {name: (count // PROFILED_STEPS, us / PROFILED_STEPS) for name, (count, us) in totals.items()}
     return Profile(
         step_ms,
         host_ms,
         kernels,
-        {name: count for name, count in waits.items() if count},
+        dict(waits),
         _idle_us(ran_us) / PROFILED_STEPS / 1e3,
         num_launches // PROFILED_STEPS,
     )

@@ -13,13 +13,16 @@ from actors.kernels.route import Form
 MIN_PROGRAMS = 264  # two for each multiprocessor of an H200
 MAX_SPLIT_ROWS = 4  # of FP8
 SLICE_STREAMING_ROWS = 96  # per slot: tiles of 64 rows are ahead of torch's kernel on slices of experts
-MAX_FEW_INT4_ROWS, MAX_FEW_INT4_ROWS_OF_ONE_SLOT = 64, 16
+MAX_FEW_INT4_ROWS, MAX_FEW_INT4_ROWS_OF_ONE_SLOT = 128, 8
+MANY_INT4_OUTPUTS = 16384
 MAX_FEW_PLAIN_ROWS = 8
 
 
 def choose_tiles(form: Form, num_rows: int, inputs: int, num_slots: int, outputs: int, *, swiglu: bool) -> Tiles:
     """Tiles for `num_rows` rows spread evenly over `num_slots` slots, or the best guess if they are not."""
     rows_per_slot = num_rows / num_slots
+    if form == "int4" and num_slots == 1 and num_rows <= 128:
+        return _int4_tiles_of_one_slot(num_rows, outputs)
     if form == "fp8" and 48 < rows_per_slot <= SLICE_STREAMING_ROWS:
         return Tiles(outputs=128, rows=64, inputs=128, warps=4, stages=4)
     if rows_per_slot > 48:
@@ -38,6 +41,13 @@ def choose_tiles(form: Form, num_rows: int, inputs: int, num_slots: int, outputs
     return Tiles(outputs=64, rows=rows, inputs=64, split=split, warps=4, stages=5)
 
 
+def _int4_tiles_of_one_slot(num_rows: int, outputs: int) -> Tiles:
+    """One slot has programs by its outputs alone: they are narrow, or half the device has none."""
+    rows = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64
+    is_wide = num_rows > 64 and outputs >= MANY_INT4_OUTPUTS
+    return Tiles(outputs=128 if is_wide else 64, rows=rows, inputs=128, stages=5 if rows == 32 else 4)
+
+
 def choose_few_rows(
     form: Form, num_rows: int, inputs: int, outputs: int, *, swiglu: bool, is_single: bool
 ) -> FewRowsTiles | OneRowTiles | None:
@@ -46,13 +56,12 @@ def choose_few_rows(
     `is_single`: one slot that takes all rows.
     """
     if form == "int4":
-        if num_rows > (MAX_FEW_INT4_ROWS_OF_ONE_SLOT if is_single else MAX_FEW_INT4_ROWS) or inputs % 512 != 0:
+        max_rows = MAX_FEW_INT4_ROWS_OF_ONE_SLOT * (1 if swiglu else 2) if is_single else MAX_FEW_INT4_ROWS
+        if num_rows > max_rows or inputs % 512 != 0:
             return None
-        if is_single and num_rows > 8:
-            return FewRowsTiles(outputs=32, rows=16, inputs=128, warps=4, stages=3)
-        if swiglu and num_rows == 1:
+        if swiglu and (is_single or num_rows == 1):
             return FewRowsTiles(outputs=32, rows=8, inputs=128, warps=4, stages=4)
-        if swiglu:
+        if swiglu or num_rows > 32:
             return FewRowsTiles(outputs=64, rows=8, inputs=128, warps=2, stages=3)
         if num_rows == 1 and inputs % 2048 == 0:  # one row has too few programs
             return FewRowsTiles(outputs=64, rows=8, inputs=128, warps=4, stages=3, split=4)
