@@ -177,7 +177,8 @@ class Prefilling:
 @dataclass(frozen=True, slots=True)
 class Profile:
     """Of one step: its milliseconds, those that the host takes to launch it, its launches and microseconds by kernel.
-    `waits`: calls that make the host wait, by name, while all profiled steps were launched. `idle_ms`: while no kernel ran.
+    `waits`: calls that make the host wait, by name, while all profiled steps were launched.
+    `idle_ms`: while no kernel ran.
     """
 
     step_ms: float

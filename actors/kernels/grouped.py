@@ -101,8 +101,9 @@ def _few_rows_tiles(x: PlacedRows, weight_SOI: Tensor, *, swiglu: bool) -> "FewR
         return None
     from actors.kernels.grouped_tiles import choose_few_rows
 
-    (num_rows, inputs), outputs, is_single = x.x_ND.shape, weight_SOI.shape[1], x.placement is None
-    return choose_few_rows(form_of(weight_SOI), num_rows, inputs, outputs, swiglu=swiglu, is_single=is_single)
+    (num_rows, inputs), (num_slots, outputs, _) = x.x_ND.shape, weight_SOI.shape
+    form, is_single = form_of(weight_SOI), x.placement is None
+    return choose_few_rows(form, num_rows, inputs, num_slots, outputs, swiglu=swiglu, is_single=is_single)
 
 
 def _with_triton(x: PlacedRows, weight_SOI: Tensor, scale: Tensor | None, *, swiglu: bool) -> Tensor:
