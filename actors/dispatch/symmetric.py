@@ -201,7 +201,7 @@ class SymmetricDispatch:
     def blamed(self) -> int | None:
         """See `DeviceWaits`."""
         exchange = self._exchange
-        return None if exchange is None else exchange.blamed
+        return None if exchange is None else exchange.given_up
 
     def abort(self) -> None:
         """See `DeviceWaits`."""
@@ -333,9 +333,9 @@ class SymmetricDispatch:
         exchange = self._active
         if exchange.is_aborted:
             self._failure = RankError(UNKNOWN_RANK, "the epoch is over")
-        elif exchange.blamed is not None:
+        elif exchange.given_up is not None:
             problem = f"did not answer within {self._timeout_s} s in {self._name!r}"
-            self._failure = RankError(exchange.blamed, problem)
+            self._failure = RankError(exchange.given_up, problem)
         else:
             return
         self.close()

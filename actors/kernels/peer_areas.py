@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from actors.kernels.peer_end import Waits
+
 WORD_BYTES = 8
 LINE_BYTES = 128
 SEQUENCE_SHIFT = 24  # a word is the sequence number, above what it carries: slot + 1 of a row, or how many rows come
@@ -20,12 +22,9 @@ SLOT_BITS = 20
 SLOT_MASK = (1 << SLOT_BITS) - 1
 PARITIES = 2  # a source is at most one layer ahead of the slowest destination
 
-CLOSED, OPENED, BLAMED = 0, 1, 2
-"""Words of `Exchange.state`: the last sequence number that this rank is done with, the one that it is at, and 1 + the
-rank that it gave up waiting for."""
-
-ABORT, REPORTED = 0, 1
-"""Words of `Exchange.host`: set by the host to end all waits; BLAMED, for the host to read."""
+CLOSED, OPENED = 0, 1
+"""Words of `Exchange.state` before BLAMED: the last sequence number that this rank is done with, and the one that it is
+at."""
 
 
 def _aligned(num_bytes: int) -> int:
@@ -114,15 +113,15 @@ class PeerAreas:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Exchange:
+class Exchange(Waits):
     """One rank's end of it: the areas, who is who, how far it is, and how long it waits.
 
     `rank` is this rank; `source` and `destination` its numbers in the two lists, -1 where it is not in one.
     `source_ranks_S`, `destination_ranks_P`: int32, on the device; -1 in places of destinations that nobody has.
     `state`: int64 [3] on the device, at first two numbers that are the same on all ranks and those of no flag in the
     areas yet, and a zero.
-    `host`: int64 [2], zeros at first, in memory that host and device reach. `partner_state`: the state of an exchange
-    whose waits end when these are given up, and the other way round; this one's own where there is none.
+    `partner_state`: the state of an exchange whose waits end when these are given up, and the other way round; this
+    one's own where there is none.
     """
 
     areas: PeerAreas
@@ -131,24 +130,7 @@ class Exchange:
     destination: int
     source_ranks_S: Tensor
     destination_ranks_P: Tensor
-    state: Tensor
     partner_state: Tensor
-    host: Tensor
-    timeout_s: float
-
-    @property
-    def blamed(self) -> int | None:
-        """The rank that a wait was given up for, if one was. What the device does now may not be seen yet."""
-        reported = int(self.host[REPORTED])
-        return reported - 1 if reported else None
-
-    @property
-    def is_aborted(self) -> bool:
-        return bool(self.host[ABORT])
-
-    def abort(self) -> None:
-        """Ends all waits, those on the device within milliseconds. From any thread; for good."""
-        self.host[ABORT] = 1
 
     def is_in_place_of(self, old: "Exchange") -> bool:
         """Whether what was captured with `old` means the same here: this rank's memory, its place and all offsets are
@@ -161,7 +143,7 @@ class Exchange:
             and len(self.areas.bases) == len(old.areas.bases)
             and (self.source, self.destination, self.timeout_s) == (old.source, old.destination, old.timeout_s)
             and not old.is_aborted
-            and old.blamed is None
+            and old.given_up is None
         )
 
     def moved_into(self, old: "Exchange") -> "Exchange":

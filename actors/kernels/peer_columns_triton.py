@@ -14,7 +14,7 @@ from torch import Tensor
 from actors.kernels.early_triton import await_inputs, early
 from actors.kernels.largest_triton import as_key, block_of, largest_of_row, value_of
 from actors.kernels.peer_sums import CALLS, GATHER_WORDS, SAID_WORDS, PeerSums
-from actors.kernels.peer_waits_triton import await_flag, show
+from actors.kernels.peer_waits_triton import await_flag, heed, show
 from actors.kernels.peer_words_triton import receive, send
 
 _CALLS = tl.constexpr(CALLS)
@@ -27,7 +27,8 @@ def _largest_kernel(
     CAPACITY: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WORLD: tl.constexpr,
     WORLD_BLOCK: tl.constexpr, LANES: tl.constexpr, IS_TIMED: tl.constexpr,
 ):  # fmt: skip
-    """One program per row: sends every other rank two words, order and column of its largest number.
+    """One program per row: sends every other rank two words, order and column of its largest number. Tokens are made of
+    what it gives, so a step in which a peer gave up ends here for this rank, too.
 
     An area has room for WORDS words of CAPACITY rows from every rank, at `at_said`.
     """
@@ -51,6 +52,8 @@ def _largest_kernel(
         at, present & (is_own == 0), number, state, host, bases, rank, at_told, timeout_ns, WORLD, WORLD_BLOCK,
         LANES, IS_TIMED,
     )  # fmt: skip
+    if row == 0:
+        heed(rank, state, host, bases, at_told, WORLD)
     arrived = tl.where(is_own, words[None, :], arrived)
     order = tl.sum(tl.where(word[None, :] == 0, arrived, 0), axis=1)
     column = 0x7FFFFFFF - tl.sum(tl.where(word[None, :] == 1, arrived, 0), axis=1)

@@ -16,10 +16,10 @@ FLAG_BYTES = 8
 POLL_S = 20e-6
 
 BLAMED = 2
-"""The word of `PeerEnd.state` that holds 1 + the rank that was given up. The words around it are the kernels'."""
+"""The word of `Waits.state` that holds 1 + the rank that was given up. The words around it are the kernels'."""
 
 ABORT, REPORTED = 0, 1
-"""Words of `PeerEnd.host`: set by the host to end all waits; BLAMED, for the host to read."""
+"""Words of `Waits.host`: set by the host to end all waits; BLAMED, for the host to read."""
 
 
 class Layout(Protocol):
@@ -39,18 +39,13 @@ class Layout(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PeerEnd:
-    """`rank` is its index among those that share the memory, and in all that is ordered by rank.
+class Waits:
+    """The device's waits for peers, as the host knows and ends them.
 
-    `buffers[rank]`: uint8 [layout.num_bytes], zeros at first; `bases`: their addresses, int64 [world], on the device.
-    `state`: int64 [layout.state_words] on the device, zeros at first. `host`: int64 [2], zeros at first, in memory that
+    `state`: int64 on the device, BLAMED among its words, 0 at first. `host`: int64 [2], zeros at first, in memory that
     host and device reach.
     """
 
-    layout: Layout
-    rank: int
-    buffers: tuple[Tensor, ...]
-    bases: Tensor
     state: Tensor
     host: Tensor
     timeout_s: float
@@ -65,9 +60,27 @@ class PeerEnd:
         reported = int(self.host[REPORTED])
         return reported - 1 if reported else None
 
+    @property
+    def is_aborted(self) -> bool:
+        return bool(self.host[ABORT])
+
     def abort(self) -> None:
         """Ends all waits, those on the device within milliseconds. From any thread; for good."""
         self.host[ABORT] = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerEnd(Waits):
+    """`rank` is its index among those that share the memory, and in all that is ordered by rank.
+
+    `buffers[rank]`: uint8 [layout.num_bytes], zeros at first; `bases`: their addresses, int64 [world], on the device.
+    `state` has layout.state_words, all zeros at first.
+    """
+
+    layout: Layout
+    rank: int
+    buffers: tuple[Tensor, ...]
+    bases: Tensor
 
 
 def meet(end: PeerEnd, at: int, step_bytes: int, sequence: int) -> None:
@@ -85,6 +98,14 @@ def meet(end: PeerEnd, at: int, step_bytes: int, sequence: int) -> None:
                 _give_up(end, told or rank + 1)
                 return
             time.sleep(POLL_S)
+
+
+def heed(end: PeerEnd) -> None:
+    """The reference of what ends a step: gives up for whom a peer gave up, though all that was awaited has come. What
+    the peer has sent since then is garbage; that it gave up is told before.
+    """
+    if told := int(_flag(end.buffers[end.rank], end.layout.blame)[0]):
+        _give_up(end, told)
 
 
 def _flag(buffer: Tensor, at: int) -> Tensor:

@@ -6,7 +6,7 @@ experts compute. On a CPU, areas are those of threads of one process.
 
 A layer runs `push_rows` and `combine_results` on a source, `await_rows` and `push_results` on a destination; on a rank
 that is both all four, the destination's between the source's. Once a wait was given up, later ones end after a few
-polls: results are garbage then, and `Exchange.blamed` says who it was.
+polls: results are garbage then, and `Exchange.given_up` says who it was.
 """
 
 import time
@@ -15,12 +15,9 @@ import torch
 from torch import Tensor
 
 from actors.kernels.peer_areas import (
-    ABORT,
-    BLAMED,
     CARRIED_MASK,
     CLOSED,
     OPENED,
-    REPORTED,
     SEQUENCE_SHIFT,
     SLOT_BITS,
     SLOT_MASK,
@@ -29,9 +26,8 @@ from actors.kernels.peer_areas import (
     LayerRoutes,
     Turn,
 )
+from actors.kernels.peer_end import ABORT, BLAMED, POLL_S, REPORTED
 from actors.kernels.triton_here import HAS_TRITON
-
-POLL_S = 20e-6
 
 if HAS_TRITON:
     from actors.kernels import peer_rows_triton

@@ -17,12 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from actors.kernels.peer_areas import (
-    ABORT,
-    BLAMED,
     CARRIED_MASK,
     CLOSED,
     OPENED,
-    REPORTED,
     SEQUENCE_SHIFT,
     SLOT_BITS,
     SLOT_MASK,
@@ -31,6 +28,7 @@ from actors.kernels.peer_areas import (
     LayerRoutes,
     Turn,
 )
+from actors.kernels.peer_end import ABORT, BLAMED, REPORTED
 from actors.kernels.peer_waits_triton import is_over, now_ns, read_by_one
 
 _CLOSED = tl.constexpr(CLOSED)
@@ -323,7 +321,7 @@ def _await_rows(exchange: Exchange, turn: Turn, slots_N: Tensor) -> _Launch:
     arguments = (
         exchange.areas.words(exchange.rank, 0, layout.num_bytes // WORD_BYTES), slots_N, exchange.source_ranks_S,
         state, exchange.partner_state, exchange.host, layout.arrivals_at(turn.parity, 0),
-        layout.row_flags_at(turn.parity, 0), turn.block_rows, _timeout_ns(exchange),
+        layout.row_flags_at(turn.parity, 0), turn.block_rows, exchange.timeout_ns,
     )  # fmt: skip
     options = {"OPENS": exchange.source < 0, "LANES": 32, "IS_TIMED": state.is_cuda, "num_warps": 1}
     return _Launch(_await_rows_kernel, (layout.num_sources, turn.block_rows), arguments, options)
@@ -352,7 +350,7 @@ def _combine_results(exchange: Exchange, turn: Turn, chosen_N: Tensor, y_TD: Ten
         areas.words(exchange.rank, layout.result_flags, layout.capacity),
         areas.words(exchange.rank, layout.finished, layout.num_destinations),
         chosen_N, y_TD, exchange.destination_ranks_P, exchange.state, exchange.partner_state, exchange.host,
-        num_tokens, turn.lag, _timeout_ns(exchange),
+        num_tokens, turn.lag, exchange.timeout_ns,
     )  # fmt: skip
     shape = _row_options(exchange)
     waiting = {"LANES": 32 * shape["num_warps"], "IS_TIMED": y_TD.is_cuda}
@@ -366,7 +364,3 @@ def _row_options(exchange: Exchange) -> dict[str, Any]:
     block = triton.next_power_of_2(layout.hidden)
     num_warps = min(_MAX_WARPS, max(1, block * layout.dtype.itemsize // (32 * _THREAD_BYTES)))
     return {"D": layout.hidden, "BLOCK": block, "num_warps": num_warps}
-
-
-def _timeout_ns(exchange: Exchange) -> int:
-    return int(exchange.timeout_s * 1e9)

@@ -23,7 +23,7 @@ from torch import Tensor
 from actors.kernels.draw import Draws, draw_tokens
 from actors.kernels.largest import largest
 from actors.kernels.norm import add_rms_norm
-from actors.kernels.peer_end import BLAMED, PeerEnd, meet
+from actors.kernels.peer_end import BLAMED, PeerEnd, heed, meet
 from actors.kernels.triton_here import HAS_TRITON
 
 WORD_BYTES = 4  # of a tensor
@@ -172,7 +172,7 @@ def gather_columns(peers: PeerSums, x_BV: Tensor) -> Tensor:
 def largest_columns(peers: PeerSums, x_BV: Tensor) -> tuple[Tensor, Tensor]:
     """fp32 [B] and int64 [B]: the largest of what `gather_columns` would return and its column, as `largest` has it.
 
-    x_BV has contiguous rows, at most `max_rows` of them. Raises ValueError.
+    Gives up, too, if a peer has told that it did. x_BV has contiguous rows, at most `max_rows`. Raises ValueError.
     """
     if not 0 < x_BV.shape[0] <= peers.max_rows:
         raise ValueError(f"{x_BV.shape[0]} rows do not fit an area of {peers.max_rows}")
@@ -183,6 +183,7 @@ def largest_columns(peers: PeerSums, x_BV: Tensor) -> tuple[Tensor, Tensor]:
     values_B, columns_B = largest(x_BV)
     mine_B2 = torch.stack((values_B.view(torch.int32), columns_B.int()), dim=1)
     of_all_BW2 = gather_columns(peers, mine_B2).unflatten(1, (peers.layout.world, 2))
+    heed(peers)
     return first_largest(of_all_BW2[..., 0].contiguous().view(torch.float32), of_all_BW2[..., 1], x_BV.shape[1])
 
 

@@ -80,6 +80,14 @@ def give_up(source, state, host, told, bases, at_told, WORLD: tl.constexpr):
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def heed(rank, state, host, bases, at_told, WORLD: tl.constexpr):
+    """See `peer_end.heed`. A peer's kernels that send garbage begin when the one that gave up has ended."""
+    told = (tl.load(bases + rank) + at_told).to(tl.pointer_type(tl.int64))
+    if tl.load(told, volatile=True) != 0:
+        give_up(rank, state, host, told, bases, at_told, WORLD)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def await_flag(
     flag, sequence, source, state, host, told, bases, at_told, timeout_ns, lanes, WORLD: tl.constexpr,
     IS_TIMED: tl.constexpr,

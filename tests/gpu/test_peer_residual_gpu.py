@@ -1,9 +1,8 @@
 """The divided residual stream: several ranks on one GPU, each with a stream."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
+from ranks_of_one_gpu import CUDA, RanksOfOneGpu
 from torch import Tensor
 
 from actors.kernels.norm import add_rms_norm
@@ -12,42 +11,18 @@ from actors.kernels.peer_residual import PeerResidual, ResidualLayout, add_sums,
 pytestmark = pytest.mark.gpu
 
 D, MAX_ROWS, EPS = 5120, 700, 1e-5
-CUDA = torch.device("cuda")
 TOLERANCES = {torch.bfloat16: 1e-2, torch.float32: 1e-5}  # two roundings, relative
 
 
-class Ranks:
-    """Ranks that share one GPU. What they wait for is sent by kernels on other streams."""
-
-    def __init__(self, world: int, dtype: torch.dtype = torch.bfloat16, timeout_s: float = 5.0) -> None:
-        layout = ResidualLayout(world=world, hidden=D, dtype=dtype, max_rows=MAX_ROWS)
-        buffers = tuple(torch.zeros(layout.num_bytes, dtype=torch.uint8, device=CUDA) for _ in range(world))
-        self.streams = [torch.cuda.Stream() for _ in range(world)]
-        self.ranks = [
-            PeerResidual(
-                layout=layout,
-                rank=rank,
-                buffers=buffers,
-                bases=torch.tensor([buffer.data_ptr() for buffer in buffers], device=CUDA),
-                state=torch.zeros(layout.state_words, dtype=torch.int64, device=CUDA),
-                host=torch.zeros(2, dtype=torch.int64, pin_memory=True),
-                timeout_s=timeout_s,
-            )
-            for rank in range(world)
-        ]
-
-    def run(self, call: Callable[[PeerResidual], None], num_ranks: int | None = None) -> None:
-        torch.cuda.synchronize()
-        for peers, stream in list(zip(self.ranks, self.streams, strict=True))[:num_ranks]:
-            with torch.cuda.stream(stream):
-                call(peers)
+def unit_of(world: int, dtype: torch.dtype = torch.bfloat16, timeout_s: float = 5.0) -> RanksOfOneGpu[PeerResidual]:
+    return RanksOfOneGpu(PeerResidual, ResidualLayout(world=world, hidden=D, dtype=dtype, max_rows=MAX_ROWS), timeout_s)
 
 
 def load_kernels(world: int, dtype: torch.dtype = torch.bfloat16, timeout_s: float = 5.0) -> None:
     """Loading one waits until nothing runs: here, for a rank that waits for another one's, which is launched later.
     Triton compiles another for a timeout of more nanoseconds than 32 bits hold.
     """
-    unit = Ranks(world, dtype, timeout_s)
+    unit = unit_of(world, dtype, timeout_s)
     for peers in unit.ranks:
         peers.abort()  # they come one after another
     for weight in (None, torch.ones(D, dtype=dtype, device=CUDA)):
@@ -68,7 +43,7 @@ def terms(world: int, num_rows: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_rows_are_right_and_the_same_bits_everywhere(world: int, dtype: torch.dtype) -> None:
     load_kernels(world, dtype)
-    unit, tolerance = Ranks(world, dtype), TOLERANCES[dtype]
+    unit, tolerance = unit_of(world, dtype), TOLERANCES[dtype]
     for call, rows in enumerate((slice(0, 300), slice(300, 700), slice(5, 6), slice(100, 613))):
         num_rows, weight = rows.stop - rows.start, torch.randn(D, device=CUDA).to(dtype) if call % 2 else None
         x, h = terms(world, num_rows, dtype), torch.randn(num_rows, D, device=CUDA).to(dtype)
@@ -76,7 +51,7 @@ def test_rows_are_right_and_the_same_bits_everywhere(world: int, dtype: torch.dt
         kept = [h[share.start - rows.start : share.stop - rows.start].clone() for share in shares]
         for peers in unit.ranks:
             peers.rows(peers.rank)[rows] = x[peers.rank]
-        unit.run(lambda p: add_sums(p, kept[p.rank], rows, weight, EPS))  # noqa: B023
+        unit.launch(lambda p: add_sums(p, kept[p.rank], rows, weight, EPS))  # noqa: B023
         torch.cuda.synchronize()
         assert [peers.given_up for peers in unit.ranks] == [None] * world
         expected_h = h + x.float().sum(0).to(dtype)
@@ -91,7 +66,7 @@ def test_rows_are_right_and_the_same_bits_everywhere(world: int, dtype: torch.dt
 
 def test_a_peer_that_does_not_come_is_named_once_and_not_waited_for_again() -> None:
     load_kernels(3, timeout_s=0.2)
-    unit = Ranks(3, timeout_s=0.2)
+    unit = unit_of(3, timeout_s=0.2)
     h = torch.zeros(100, D, dtype=torch.bfloat16, device=CUDA)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
@@ -100,7 +75,7 @@ def test_a_peer_that_does_not_come_is_named_once_and_not_waited_for_again() -> N
         for _ in range(10):
             add_sums(peers, h, slice(0, 300), None, EPS)
 
-    unit.run(ten, 2)
+    unit.launch(ten, 2)
     torch.cuda.synchronize()
     end.record()
     torch.cuda.synchronize()
@@ -110,9 +85,9 @@ def test_a_peer_that_does_not_come_is_named_once_and_not_waited_for_again() -> N
 
 def test_the_host_ends_a_wait() -> None:
     load_kernels(2, timeout_s=30.0)
-    unit = Ranks(2, timeout_s=30.0)
+    unit = unit_of(2, timeout_s=30.0)
     h = torch.zeros(20, D, dtype=torch.bfloat16, device=CUDA)
-    unit.run(lambda p: add_sums(p, h, slice(0, 40), None, EPS), 1)
+    unit.launch(lambda p: add_sums(p, h, slice(0, 40), None, EPS), 1)
     waits = torch.cuda.Event()
     waits.record(unit.streams[0])
     assert not waits.query()

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from ranks_of_one_gpu import CUDA, R, RanksOfOneGpu
 from torch import Tensor
 
 from actors.kernels import holders, peer_sums
@@ -17,41 +18,22 @@ from benchmarks.unit_of_ranks import UnitOfRanks
 pytestmark = pytest.mark.gpu
 
 D = 5120
-CUDA = torch.device("cuda")
 GATHER_BYTES = 1 << 18
 TOLERANCES = {torch.bfloat16: 1e-2, torch.float32: 1e-5}  # two roundings, relative: kernels add up in pairs
 
 
-class Ranks:
-    """Ranks that share one GPU. What they wait for is sent by kernels on other streams, which must all find room on it:
-    four calls of 32 rows, two of 64, or four of chunks of GATHER_BYTES do.
-    """
+class Ranks(RanksOfOneGpu[PeerSums]):
+    """Four calls of 32 rows find room, two of 64, or four of chunks of GATHER_BYTES."""
 
     def __init__(
         self, world: int, dtype: torch.dtype = torch.bfloat16, hidden: int = D, timeout_s: float = 5.0
     ) -> None:
         layout = SumLayout(world=world, hidden=hidden, dtype=dtype, max_rows=64, gather_bytes=GATHER_BYTES)
-        buffers = tuple(torch.zeros(layout.num_bytes, dtype=torch.uint8, device=CUDA) for _ in range(world))
-        self.streams = [torch.cuda.Stream() for _ in range(world)]
-        self.ranks = [
-            PeerSums(
-                layout=layout,
-                rank=rank,
-                buffers=buffers,
-                bases=torch.tensor([buffer.data_ptr() for buffer in buffers], device=CUDA),
-                state=torch.zeros(layout.state_words, dtype=torch.int64, device=CUDA),
-                host=torch.zeros(2, dtype=torch.int64, pin_memory=True),
-                timeout_s=timeout_s,
-            )
-            for rank in range(world)
-        ]
+        super().__init__(PeerSums, layout, timeout_s)
 
-    def run(self, call: Callable[[PeerSums], Tensor]) -> list[Tensor]:
-        torch.cuda.synchronize()
-        results = []
-        for peers, stream in zip(self.ranks, self.streams, strict=True):
-            with torch.cuda.stream(stream):
-                results.append(call(peers))
+    def run(self, call: Callable[[PeerSums], R]) -> list[R]:
+        """What `call` returns on all ranks, once it is there."""
+        results = self.launch(call)
         torch.cuda.synchronize()
         self.check()
         return results
@@ -224,6 +206,18 @@ def test_a_peer_that_does_not_come_is_named_once_and_not_waited_for_again() -> N
     torch.cuda.synchronize()
     assert [peers.given_up for peers in unit.ranks] == [2, 2, None]
     assert begin.elapsed_time(end) < 3 * 200, "later calls waited too"
+
+
+def test_who_has_all_that_it_needs_follows_a_peer_that_gave_up() -> None:
+    """What such a peer sends is garbage, though it comes."""
+    unit = Ranks(2)
+    x = torch.randn(2, 4, 512, device="cuda")
+    unit.run(lambda p: peer_sums.largest_columns(p, x[p.rank]))
+    assert [peers.given_up for peers in unit.ranks] == [None, None]
+    unit.ranks[0].buffers[0][unit.ranks[0].layout.blame :].view(torch.int64)[0] = 1 + 1
+    unit.launch(lambda p: peer_sums.largest_columns(p, x[p.rank]))
+    torch.cuda.synchronize()
+    assert unit.ranks[0].given_up == 1
 
 
 def test_the_host_ends_a_wait() -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from actors.kernels.peer_end import BLAMED, FLAG_BYTES, PeerEnd, meet
+from actors.kernels.peer_end import BLAMED, FLAG_BYTES, PeerEnd, heed, meet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +49,10 @@ def test_a_peer_that_is_late_is_given_up_for_good_and_the_others_are_told() -> N
     assert [end.given_up for end in ends] == [1, None, 1]
     meet(ends[1], 0, FLAG_BYTES, 1)
     assert ends[1].given_up is None, "all that it waits for is there"
+    heed(ends[1])
+    assert ends[1].given_up == 1, "what has come may be garbage"
     meet(ends[0], 0, FLAG_BYTES, 2)
-    assert [end.given_up for end in ends] == [1, None, 1]
+    assert [end.given_up for end in ends] == [1, 1, 1]
     assert [flags(end) for end in ends] == [[2, 1, 1]] * 3
 
 
@@ -59,3 +61,9 @@ def test_an_abort_ends_a_wait_before_its_time() -> None:
     end.abort()
     meet(end, 0, FLAG_BYTES, 1)
     assert end.given_up == 1
+
+
+def test_nobody_is_given_up_of_whom_nothing_was_told() -> None:
+    ends = make_ends(timeout_s=0.0)
+    heed(ends[0])
+    assert [end.given_up for end in ends] == [None, None, None]

@@ -103,7 +103,7 @@ def check_nobody_comes(form: ModuleType) -> None:
     exchange = make_exchanges(CASES[2])[3]
     for parity in (0, 1):
         _, slots_N = form.await_rows(exchange, Turn(block_rows=8, parity=parity, lag=1))
-        assert slots_N.tolist() == [-1] * 16 and exchange.blamed == 0
+        assert slots_N.tolist() == [-1] * 16 and exchange.given_up == 0
 
 
 def main() -> None:

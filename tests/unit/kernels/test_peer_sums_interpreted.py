@@ -155,12 +155,22 @@ def check_largest() -> None:
         results[:] = peer_columns_triton.largest_columns(peers, x[peers.rank])
         return torch.stack((results[0].double(), results[1].double()))
 
-    for each in run(make_ranks(torch.float32), choose):
+    ranks = make_ranks(torch.float32)
+    for each in run(ranks, choose):
         torch.testing.assert_close(each[0].float(), expected.values, rtol=0, atol=0, equal_nan=True)
         assert torch.equal(each[1].long(), expected.indices)
+    check_garbage_is_noticed(ranks[0], choose)
     values, columns = launch_largest(x[1])
     torch.testing.assert_close(values, x[1].max(1).values, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(columns, x[1].max(1).indices)
+
+
+def check_garbage_is_noticed(peers: PeerSums, choose: Callable[[PeerSums], Tensor]) -> None:
+    """All that is awaited has come, but a peer has given rank 2 up, and is followed."""
+    peers.state[CALLS:] -= 1
+    peers.buffers[peers.rank][peers.layout.blame :].view(torch.int64)[0] = 2 + 1
+    choose(peers)
+    assert peers.given_up == 2
 
 
 def check_draws() -> None:
