@@ -14,10 +14,12 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from actors.checkpoint.config import read_model_config
 from actors.checkpoint.make_model import write_description
 from actors.checkpoint.shapes import named_shape
+from actors.config import PipelineConfig
 from benchmarks import report
 from benchmarks.engine import Engine
 from benchmarks.trace import Trace
@@ -82,38 +84,24 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, model: Path, batches: list[int], peer: dict[str, float]) -> None:
     config = read_model_config(model)
-    machines = parse_machines(f"{args.gpus}x{args.gpu}")
-    keys = {
-        "load": "dummy", "routing": "uniform", "max_num_batched_tokens": 8192, "max_num_seqs": max(batches),
-        "max_model_len": args.prompt_tokens + args.output_tokens + 64, "step_timeout_s": 60.0,
-    } | json.loads(args.pipeline)  # fmt: skip
     began_s = time.monotonic()
     if args.logs is not None:
         args.logs.mkdir(parents=True, exist_ok=True)
-    with Engine(model, machines, [f"cuda:{i}" for i in range(args.gpus)], logs=args.logs, **keys) as engine:
+    machines, devices = parse_machines(f"{args.gpus}x{args.gpu}"), [f"cuda:{i}" for i in range(args.gpus)]
+    with Engine(model, machines, devices, logs=args.logs, **pipeline_keys(args, batches)) as engine:
         start_s = time.monotonic() - began_s
         print(f"ready after {start_s:.1f} s: {engine.pipeline.layout}", flush=True)
         engine.run(prompts(2, 64, config.vocab_size, 8))  # what is compiled at first use, is compiled here
         footprint = Footprint(model=config, precision=Precision.of(config))
-        plan = engine.pipeline
-        split = Split(
-            layout=plan.layout, attention_ranks=plan.attention_ranks, expert_ranks=plan.expert_ranks,
-            attention_tp=plan.attention_tp, expert_tp=plan.expert_tp,
-        )  # fmt: skip
-        context_tokens = args.prompt_tokens + args.output_tokens // 2
         rows, values = [], {}
         for batch in batches:
             traces = engine.run(prompts(batch, args.prompt_tokens, config.vocab_size, args.output_tokens))
-            problems = [trace.problem for trace in traces if trace.problem]
-            if problems:
+            if problems := [trace.problem for trace in traces if trace.problem]:
                 raise RuntimeError(problems[0])
-            tpot_ms = time_per_token_ms(traces)
-            is_divided = 0 < plan.most_whole_rows < -(-batch // plan.attention_ranks)
-            of_step = replace(split, micro_batches=2 if is_divided else 1)
-            floor_ms = 1e3 * step_floor_s(footprint, machines, of_step, decode(batch, context_tokens))
-            rate = batch / tpot_ms * 1e3
-            peer_ms = peer.get(str(batch))
-            first_ms = 1e3 * statistics.median(trace.ttft_s for trace in traces)
+            tpot_ms, first_ms = time_per_token_ms(traces), 1e3 * statistics.median(trace.ttft_s for trace in traces)
+            step = decode(batch, args.prompt_tokens + args.output_tokens // 2)
+            floor_ms = 1e3 * step_floor_s(footprint, machines, split_of(engine.pipeline, batch), step)
+            rate, peer_ms = batch / tpot_ms * 1e3, peer.get(str(batch))
             rows.append((batch, f"{tpot_ms:.2f}", f"{rate:,.0f}", f"{floor_ms:.2f}", peer_ms or "-", f"{first_ms:.0f}"))
             values[str(batch)] = round(tpot_ms, 3)
             print(rows[-1], flush=True)
@@ -121,17 +109,33 @@ def measure(args: argparse.Namespace, model: Path, batches: list[int], peer: dic
         if args.prefill:
             traces = engine.run(prompts(args.prefill, args.prompt_tokens, config.vocab_size, 1))
             prefill = prefill_tokens_per_s(traces, args.prompt_tokens)
-            print(f"prefill {prefill:,.0f} tokens/s", flush=True)
-    header = ("batch", "ms per token", "tokens/s", "floor ms", "peer ms", "median first token ms")
-    text = report.table(header, rows)
-    print(text)
+    text = report.table(("batch", "ms per token", "tokens/s", "floor ms", "peer ms", "median first token ms"), rows)
+    lines = [report.preamble(f"Decode speed of {args.shape}", f"{args.gpus} x {args.gpu}"), text]
+    lines.append(f"\nStart to ready: {start_s:.1f} s.")
+    if prefill:
+        lines.append(f"Prefill of {args.prefill} prompts of {args.prompt_tokens} tokens: {prefill:,.0f} tokens/s.")
+    print("\n".join(lines[1:]))
     if args.write:
-        where = f"{args.gpus} x {args.gpu}"
-        lines = [report.preamble(f"Decode speed of {args.shape}", where), text, f"\nStart to ready: {start_s:.1f} s."]
-        if prefill:
-            lines.append(f"Prefill of {args.prefill} prompts of {args.prompt_tokens} tokens: {prefill:,.0f} tokens/s.")
         results = {"tpot_ms": values, "prefill_tokens_per_s": round(prefill), "start_s": round(start_s, 1)}
         report.write(args.write, "\n".join(lines), results | {"commit": report.commit()})
+
+
+def pipeline_keys(args: argparse.Namespace, batches: list[int]) -> dict[str, Any]:
+    """Of a pipeline with random weights that takes the largest batch at once."""
+    more: dict[str, Any] = json.loads(args.pipeline)
+    return {
+        "load": "dummy", "routing": "uniform", "max_num_batched_tokens": 8192, "max_num_seqs": max(batches),
+        "max_model_len": args.prompt_tokens + args.output_tokens + 64, "step_timeout_s": 60.0,
+    } | more  # fmt: skip
+
+
+def split_of(pipeline: PipelineConfig, batch: int) -> Split:
+    """How a decode step of `batch` requests is divided."""
+    is_in_halves = 0 < pipeline.most_whole_rows < -(-batch // pipeline.attention_ranks)
+    return Split(
+        layout=pipeline.layout, attention_ranks=pipeline.attention_ranks, expert_ranks=pipeline.expert_ranks,
+        attention_tp=pipeline.attention_tp, expert_tp=pipeline.expert_tp, micro_batches=2 if is_in_halves else 1,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
