@@ -53,7 +53,7 @@ def _largest_kernel(
         LANES, IS_TIMED,
     )  # fmt: skip
     if row == 0:
-        heed(rank, state, host, bases, at_told, WORLD)
+        heed(rank, state, host, bases, at_told, tl.arange(0, LANES), WORLD)
     arrived = tl.where(is_own, words[None, :], arrived)
     order = tl.sum(tl.where(word[None, :] == 0, arrived, 0), axis=1)
     column = 0x7FFFFFFF - tl.sum(tl.where(word[None, :] == 1, arrived, 0), axis=1)

@@ -80,10 +80,10 @@ def give_up(source, state, host, told, bases, at_told, WORLD: tl.constexpr):
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def heed(rank, state, host, bases, at_told, WORLD: tl.constexpr):
+def heed(rank, state, host, bases, at_told, lanes, WORLD: tl.constexpr):
     """See `peer_end.heed`. A peer's kernels that send garbage begin when the one that gave up has ended."""
     told = (tl.load(bases + rank) + at_told).to(tl.pointer_type(tl.int64))
-    if tl.load(told, volatile=True) != 0:
+    if read_by_one(told, lanes) != 0:
         give_up(rank, state, host, told, bases, at_told, WORLD)
 
 

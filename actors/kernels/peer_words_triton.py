@@ -7,7 +7,8 @@ nothing is cleared. Needs GPUs that reach each other's memory (NVLink). Needs Tr
 installed.
 
 All threads of a program must leave a loop together where barriers follow in it: what decides is reduced over a tensor
-that all of them have a part of, never a scalar that each has read for itself (see `peer_waits_triton.py`).
+that all of them have a part of, never a scalar that each has read for itself (see `peer_waits_triton.py`). Words in
+bulk are such a tensor; of a few words several threads read each, at different times, so what they saw is reduced again.
 """
 
 import triton
@@ -105,6 +106,15 @@ def _are_late(arrived, number, NUMBERED: tl.constexpr):
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _is_missing(arrived, number, lanes, NUMBERED: tl.constexpr):
+    """1 if a word has not come as any thread has seen it, the same for all threads."""
+    missing = tl.max(_are_late(arrived, number, NUMBERED))
+    if NUMBERED:
+        missing = tl.max(lanes * 0 + missing)
+    return missing
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _await_words(
     at, present, watched, number, state, host, bases, rank, at_told, timeout_ns, NUMBERED: tl.constexpr,
     WORLD: tl.constexpr, WORLD_BLOCK: tl.constexpr, LANES: tl.constexpr, IS_TIMED: tl.constexpr,
@@ -116,16 +126,16 @@ def _await_words(
     """
     filler = number.to(tl.int64) << 32 if NUMBERED else 1  # of words that are not awaited
     arrived = tl.load(at, mask=present, other=filler, volatile=True)
-    missing = tl.max(_are_late(arrived, number, NUMBERED))
+    lanes = tl.arange(0, LANES)
+    missing = _is_missing(arrived, number, lanes, NUMBERED)
     if missing != 0:
         told = (tl.load(bases + rank) + at_told).to(tl.pointer_type(tl.int64))
-        lanes = tl.arange(0, LANES)
         began_ns = now_ns(lanes, IS_TIMED)
         polls, over, unmatched = 0, 0, 1
         while (missing != 0) & (over == 0):
             takes_all = (polls < _EAGER_POLLS) | (unmatched == 0)
             arrived = tl.load(at, mask=present & (watched | takes_all), other=filler, volatile=True)
-            unmatched = tl.max(_are_late(arrived, number, NUMBERED))
+            unmatched = _is_missing(arrived, number, lanes, NUMBERED)
             missing = tl.where(takes_all, unmatched, 1)
             polls += 1
             over = is_over(lanes, began_ns, polls, state + _BLAMED, told, host + _ABORT, timeout_ns, IS_TIMED)
@@ -133,6 +143,8 @@ def _await_words(
             arrived = tl.load(at, mask=present, other=filler, volatile=True)
             late = tl.max(_are_late(arrived, number, NUMBERED), axis=1)
             first = tl.min(tl.where(late != 0, tl.arange(0, WORLD_BLOCK), WORLD), axis=0)
+            if NUMBERED:
+                first = tl.min(lanes * 0 + first)
             if first < WORLD:
                 give_up(first, state, host, told, bases, at_told, WORLD)
     return arrived

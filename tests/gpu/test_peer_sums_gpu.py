@@ -152,12 +152,13 @@ def test_the_largest_of_all_columns(world: int) -> None:
         values, columns = torch.cat(x, dim=1).max(1)
 
         def choose(p: PeerSums) -> Tensor:
-            each = largest(x[0]) if world == 1 else peer_sums.largest_columns(p, x[p.rank])  # noqa: B023
+            each = largest(x[0]) if world == 1 else peer_sums.largest_columns(p, _late(x, p, late_rank))  # noqa: B023
             return torch.stack([part.double() for part in each])
 
-        for each in unit.run(choose):
-            torch.testing.assert_close(each[0].float(), values.float(), rtol=0, atol=0, equal_nan=True)
-            assert torch.equal(each[1].long(), columns)
+        for late_rank in (-1, 0, world - 1):
+            for each in unit.run(choose):
+                torch.testing.assert_close(each[0].float(), values.float(), rtol=0, atol=0, equal_nan=True)
+                assert torch.equal(each[1].long(), columns)
 
 
 @pytest.mark.parametrize("world", [1, 3, 4])
@@ -175,11 +176,21 @@ def test_tokens_are_drawn_as_from_whole_rows(world: int) -> None:
                 uniform_R=torch.rand(num_draws, dtype=torch.float64, device=CUDA),
                 least_R=least_R,
             )
-            expected = draw_tokens(whole.cpu(), Draws(**{key: _on_cpu(value) for key, value in _fields(draws)}))
-            for each in unit.run(
-                lambda p: draw_tokens(x[0], draws) if world == 1 else peer_sums.draw_columns(p, x[p.rank], draws)  # noqa: B023
-            ):
-                assert torch.equal(each.cpu(), expected)
+            if world == 1:
+                expected = draw_tokens(whole.cpu(), Draws(**{key: _on_cpu(value) for key, value in _fields(draws)}))
+                assert torch.equal(draw_tokens(x[0], draws).cpu(), expected)
+                continue
+            expected = draw_tokens(whole, draws)
+            for late_rank in (-1, 0, world - 1):
+                for each in unit.run(lambda p: peer_sums.draw_columns(p, _late(x, p, late_rank), draws)):  # noqa: B023
+                    assert torch.equal(each, expected)
+
+
+def _late(x: list[Tensor], peers: PeerSums, late_rank: int) -> Tensor:
+    """The rank's columns; that of `late_rank` comes so late that the others look whether the wait is over."""
+    if peers.rank == late_rank:
+        torch.cuda._sleep(1 << 20)  # about 0.6 ms
+    return x[peers.rank]
 
 
 def _fields(draws: Draws) -> list[tuple[str, Tensor | None]]:
