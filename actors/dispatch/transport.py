@@ -34,6 +34,7 @@ TAIL_NUMEL = 8
 CLOSING_TAG = 2**31 - 1
 CLOSING_TIMEOUT = timedelta(milliseconds=1)
 NO_TIMEOUT_S = 86_400.0
+DEVICE_LAG_S = 0.5  # kernels that wait give up by themselves, and know for whom: a step may have come to them late
 CONNECT_TIMEOUT_S = 10.0
 SPIN_S = 0.002
 POLL_S = 0.0001
@@ -206,10 +207,10 @@ class NcclTransport:
 
     def await_event(self, event: Any) -> None:
         self._waited.append(event)
-        self._await_all(self._timeout_s)
+        self._await_all(self._timeout_s + DEVICE_LAG_S)
 
     def synchronize(self) -> None:
-        self._synchronize(self._timeout_s)
+        self._synchronize(self._timeout_s + DEVICE_LAG_S)
 
     def interrupt(self) -> None:
         # A host that reads from the device has no timeout of its own: it goes on when the kernels that wait do, with

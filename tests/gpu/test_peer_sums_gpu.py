@@ -155,7 +155,7 @@ def test_the_largest_of_all_columns(world: int) -> None:
             each = largest(x[0]) if world == 1 else peer_sums.largest_columns(p, _late(x, p, late_rank))  # noqa: B023
             return torch.stack([part.double() for part in each])
 
-        for late_rank in (-1, 0, world - 1):
+        for late_rank in (-1, 0, world - 1):  # noqa: B007 (`choose` reads it)
             for each in unit.run(choose):
                 torch.testing.assert_close(each[0].float(), values.float(), rtol=0, atol=0, equal_nan=True)
                 assert torch.equal(each[1].long(), columns)
