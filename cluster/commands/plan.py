@@ -110,8 +110,9 @@ def _model_line(footprint: Footprint) -> str:
 def _candidates_table(considered: list[Candidate], pipeline: PipelineConfig, machines: Machines) -> Table:
     room = f"{_gb(usable_bytes(pipeline, machines))} usable {'in all' if machines.is_cpu else 'of each'}"
     table = _table(f"Layouts on {machines}, {room}: weights, and what they leave for KV")
-    for heading in ("layout", "attention rank", "expert rank", "KV per\nattention rank", "KV tokens\nin all", "fits"):
-        table.add_column(heading, justify="left" if heading == "layout" else "right", no_wrap=heading == "layout")
+    table.add_column("layout", min_width=11)
+    for heading in ("attention\nrank", "expert\nrank", "KV per\nattention\nrank", "KV tokens\nin all", "fits"):
+        table.add_column(heading, justify="right", no_wrap=True)  # a narrow terminal never cuts a number
     for candidate in considered:
         fits = "no" if candidate.problem else "yes"
         table.add_row(str(candidate.split), *_candidate_cells(candidate), fits)
@@ -153,10 +154,9 @@ def _floors_table(decided: Plan, considered: list[Candidate], context_tokens: in
         "* more KV than fits"
         + ("; TP: all ranks share one attention (attention_tp), for comparison" if compares else ""),
     )
-    table.add_column("layout", no_wrap=True)
-    for batch in BATCHES:
-        table.add_column(str(batch), justify="right")
-    table.add_column(f"prefill, chunk\nof {PREFILL_CHUNK_TOKENS:,}", justify="right")
+    table.add_column("layout", min_width=11)
+    for heading in (*map(str, BATCHES), f"prefill\nof {PREFILL_CHUNK_TOKENS:,}"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for candidate in considered:
         if not candidate.problem:
             chosen = candidate.split == decided.split

@@ -30,7 +30,7 @@ def test_help_names_every_command() -> None:
 
 
 def test_plan_of_maverick_on_eight_h200() -> None:
-    result = run("plan", "--shape", "maverick", "--gpus", "8xH200", "--precision", "fp8")
+    result = run("plan", "--shape", "maverick", "--gpus", "8xH200", "--precision", "fp8", env={"COLUMNS": "100"})
     assert result.exit_code == 0
     assert "colocated 8 TP8 sliced: the lowest decode floor at 128" in result.output
     assert "KV of each attention rank" in result.output
@@ -38,6 +38,13 @@ def test_plan_of_maverick_on_eight_h200() -> None:
     assert result.output.count("colocated 8 TP8 sliced") == 3, (
         "as a layout, as the one that is chosen, and with its floors"
     )
+
+
+@pytest.mark.parametrize("gpus", ["4xH200", "8xH200", "2x8xH200"])
+def test_a_narrow_terminal_cuts_no_number_of_a_plan(gpus: str) -> None:
+    result = run("plan", "--shape", "maverick", "--gpus", gpus, "--precision", "fp8", env={"COLUMNS": "80"})
+    assert result.exit_code == 0
+    assert "…" not in result.output
 
 
 def test_plan_refuses_what_does_not_fit_with_exit_code_1() -> None:
