@@ -8,7 +8,7 @@ import os
 import random
 import secrets
 import socket
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Collection, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,14 +46,18 @@ class ServicePorts:
     metrics: int
 
 
-def apply_environment(environment: MutableMapping[str, str], scratch: Path, front: Front, token_file: Path) -> None:
-    """Sets what a private Ray needs, and writes its token (mode 0600). Children inherit it."""
+def apply_environment(
+    environment: MutableMapping[str, str], scratch: Path, front: Front, token_file: Path, taken: Collection[int] = ()
+) -> None:
+    """Sets what a private Ray needs, and writes its token (mode 0600). Children inherit it. `taken`: ports that the
+    service will listen on, and does not yet.
+    """
     join_environment(environment, token_file)
     token_file.touch(mode=0o600)
     token_file.write_text(secrets.token_hex(32))
     # None that the system gives away, or a listener of Ray's own might get one before it is used. And gRPC servers of
     # two services would share a replica's port without an error, and each other's calls with it.
-    stats = free_block(4 + 2 * _REPLICA_PORTS)
+    stats = free_block(4 + 2 * _REPLICA_PORTS, taken)
     metrics, fallback_http, fallback_grpc, replicas = range(stats + 1, stats + 5)
     environment.update(
         {
@@ -101,9 +105,13 @@ def check_port(host: str, port: int, flag: str) -> None:
         return
 
 
-def free_block(count: int) -> int:
-    """The first of `count` consecutive ports below the ephemeral ones that nothing listens on. Raises ConfigError."""
+def free_block(count: int, taken: Collection[int] = ()) -> int:
+    """The first of `count` consecutive ports below the ephemeral ones that nothing listens on, and none of which is
+    `taken`. Raises ConfigError.
+    """
     for start in random.sample(range(_LEAST_BLOCK_PORT, _FIRST_EPHEMERAL_PORT - count, count), 64):
+        if any(start <= port < start + count for port in taken):
+            continue
         with ExitStack() as stack, suppress(ConfigError):
             for port in range(start, start + count):
                 stack.enter_context(_bound("", port, "port"))

@@ -165,7 +165,7 @@ def _refuse_second(state: StateFolder, port: int) -> None:
 def _serve_here(state: StateFolder, args: dict[str, Any], ports: ServicePorts, front: Front) -> None:
     """Runs the service (`args` of actors/app.py) in this process until SIGINT or SIGTERM."""
     scratch = Path(tempfile.mkdtemp(prefix="corral-", dir="/tmp"))  # short: socket paths end at 107 bytes
-    apply_environment(os.environ, scratch, front, scratch / "token")
+    apply_environment(os.environ, scratch, front, scratch / "token", (ports.http, ports.grpc, ports.metrics))
     session = open_session(
         f"http://{_reachable(ports.host)}:{ports.http}",
         f"{_reachable(ports.host)}:{ports.grpc}",

@@ -72,3 +72,8 @@ def test_a_block_avoids_a_port_that_many_may_share() -> None:
         with pytest.raises(ConfigError):
             check_port("", start, "port")
         assert free_block(4) != start
+
+
+def test_a_block_has_none_of_the_ports_that_are_spoken_for() -> None:
+    taken = range(20000, 26000)
+    assert all(free_block(16, taken) not in taken for _ in range(30))
