@@ -1,4 +1,4 @@
-"""What a rank is: weights by role, a place in an epoch, and a step to run.
+"""What a rank is: something in memory (`held.py`), a place in an epoch, and a step to run.
 
 Owns which worker does what on this rank, and its dispatch in the epoch. Knows nothing of sockets or leases
 (`rank_loop.py`), and leaves the mathematics to `attention/`, `expert/` and `dispatch/`.
@@ -11,31 +11,22 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from msgspec import structs
 
-from actors.attention.captured import most_step_rows
-from actors.attention.kv_cache import PagePools
 from actors.attention.sampler import SampledBatch
 from actors.attention.upload import mark
-from actors.attention.worker import AttentionWorker
-from actors.checkpoint.config import ModelConfig, read_model_config
-from actors.checkpoint.shard import Shard
 from actors.config import PipelineConfig
 from actors.dispatch.by_size import DispatchBySize
-from actors.dispatch.contract import Dispatch, RoutingTable, build_routing_table
+from actors.dispatch.contract import Dispatch
 from actors.dispatch.group import EpochGroup
 from actors.dispatch.local import LocalDispatch
 from actors.dispatch.replicated import ReplicatedDispatch
-from actors.dispatch.rows import TokenShape
-from actors.dispatch.tensor_parallel import TensorParallel, make_tensor_parallel
 from actors.errors import RankError
 from actors.expert.worker import ExpertWorker
+from actors.held import Held
 from actors.laps import Laps
 from actors.next_epoch import BetweenRanks, NextEpoch, Part, form, reach_peers
-from actors.precision import compute_dtype
 from actors.types import Epoch, Loaded, Pace, RankSpec, SlotSource, StepPlan, StepResult
 from actors.wire import ChannelKeys
 
@@ -62,20 +53,6 @@ class Launched:
         return self.ended is None or bool(self.ended.query())
 
 
-@dataclass(slots=True)
-class _Held:
-    """What is in memory: the weights of `spec`, made for `pipeline`."""
-
-    spec: RankSpec
-    pipeline: PipelineConfig
-    model: ModelConfig
-    attention: AttentionWorker | None
-    experts: ExpertWorker | None
-    pools: PagePools | None
-    tp: TensorParallel
-    local: LocalDispatch | None = None  # where this process holds (a slice of) every expert: graphs outlive epochs
-
-
 class Rank:
     """One process of the pipeline, in whichever roles its spec says."""
 
@@ -86,7 +63,7 @@ class Rank:
         self.keys = keys
         self._device = device
         self._group = EpochGroup(device, address)
-        self._held: _Held | None = None
+        self._held: Held | None = None
         self._prepared: NextEpoch | None = None
         self._preparing = self._abandoned = NO_EPOCH  # the epoch that is prepared now, and the last given up before
         self._stream: torch.cuda.Stream | None = None  # of what runs beside the steps, on a GPU
@@ -106,10 +83,7 @@ class Rank:
     @property
     def spec(self) -> RankSpec | None:
         """What it holds: every expert that lies in a slot, whether an epoch names it or not."""
-        held = self._held
-        if held is None or held.experts is None:
-            return held.spec if held else None
-        return structs.replace(held.spec, slots=held.experts.slots)
+        return self._held.whole_spec if self._held else None
 
     @property
     def contents(self) -> str:
@@ -134,105 +108,21 @@ class Rank:
         `report` gets bytes done and bytes in all. Raises CheckpointError, ConfigError; RankError where a slot that
         serves would change.
         """
-        held = self._held
-        parts = (pipeline.contents, *_parts(spec))
-        if held is None or (held.pipeline.contents, *_parts(held.spec)) != parts:
-            if self._epoch is not None and self._epoch.epoch > self._last_over:
-                raise RankError(self.rank, "cannot become another rank while it serves")
-            self._held = None  # before its successor takes the memory
-            self._held = self._load_all(spec, pipeline, sources, report)
-        else:
+        held, epoch = self._held, self._epoch
+        in_use = epoch.ranks[self._position].slots if epoch and epoch.epoch > self._last_over else None
+        if held is not None and held.is_for(spec, pipeline):
             held.pipeline = pipeline
-            self._change_slots(held, spec, sources, report)
-
-    def _change_slots(
-        self,
-        held: _Held,
-        spec: RankSpec,
-        sources: Sequence[SlotSource],
-        report: Callable[[int, int], None],
-    ) -> None:
-        """Until all of it is there, nobody may count on any slot that does not serve."""
-        epoch = self._epoch
-        in_use = epoch.ranks[self._position].slots if epoch and epoch.epoch > self._last_over else {}
-        if held.experts is not None and not held.experts.holds(spec.slots):
-            try:
-                held.experts.change(spec.slots, in_use, sources, report)
-            except ValueError as e:
-                raise RankError(self.rank, str(e)) from e
-        held.spec = spec
-
-    def _load_all(
-        self,
-        spec: RankSpec,
-        pipeline: PipelineConfig,
-        sources: Sequence[SlotSource],
-        report: Callable[[int, int], None],
-    ) -> _Held:
-        model = read_model_config(Path(pipeline.model))
-        experts = attention = pools = None
-        laps = Laps()
-        tp = make_tensor_parallel(spec.shard, self._token_shape(model, pipeline), most_step_rows(pipeline))
-        if "expert" in spec.roles:
-            index, of = spec.expert_shard
-            experts = ExpertWorker.load(
-                model, pipeline, spec.slots, self._device, report, sources, self.keys, Shard(index=index, of=of)
-            )
-            self._tell(laps, "experts")
-        if "attention" in spec.roles:  # last, for its cache takes what memory is left
-            attention = AttentionWorker.load(model, pipeline, self._device, report, tp)
-            pools = attention.allocate_cache()
-            self._tell(laps, "attention")
-        held = _Held(spec, pipeline, model, attention, experts, pools, tp)
-        self._rehearse(held, laps)
-        return held
-
-    def _tell(self, laps: Laps, name: str) -> None:
-        """Of each part of loading as it ends: one that does not is told by its absence."""
-        laps.lap(name)
-        log.info("rank %d loads: %s", self.rank, laps)
-
-    def _rehearse(self, held: _Held, laps: Laps) -> None:
-        """Whatever is compiled, captured or allocated at its first use has it now, before anybody waits for a step."""
-        experts, attention, slots = held.experts, held.attention, held.spec.slots
-        if experts is not None:
-            experts.rehearse(held.pipeline.max_num_batched_tokens, has_tokens=attention is not None)
-            self._tell(laps, "rehearsal of experts")
-        if attention is None:
+            held.change_slots(spec, in_use or {}, sources, report)
             return
-        attention.rehearse(experts, {layer: len(of_layer) for layer, of_layer in slots.items()})
-        self._tell(laps, "rehearsal of steps")
-        every_expert = set(range(held.model.num_experts))
-        if experts is not None and held.tp.size == 1 and all(every_expert <= set(of) for of in slots.values()):
-            self._dispatch = self._local_dispatch(held)
-            attention.start_epoch(self._dispatch)
-            attention.capture()
-            self._tell(laps, "graphs")
-
-    def _routing(self, model: ModelConfig, slots: dict[int, dict[int, tuple[int, ...]]]) -> RoutingTable:
-        return build_routing_table(slots, model.moe_layers, model.num_experts, self._device)
-
-    def _token_shape(self, model: ModelConfig, pipeline: PipelineConfig) -> TokenShape:
-        return TokenShape(
-            hidden=model.hidden_size,
-            experts_per_token=model.experts_per_token,
-            dtype=compute_dtype(model, pipeline),
-            device=self._device,
-        )
+        if in_use is not None:
+            raise RankError(self.rank, "cannot become another rank while it serves")
+        held = self._held = self._dispatch = None  # before their successors take the memory
+        self._held = Held.load(spec, pipeline, self._device, self.keys, sources, report)
+        self._dispatch = self._held.local
 
     def loaded(self, epoch: int) -> Loaded:
         """The answer to a Load for `epoch`."""
-        held = self._loaded_state()
-        pools = held.pools
-        return Loaded(
-            rank=self.rank,
-            epoch=epoch,
-            weight_bytes=sum(worker.weight_bytes for worker in (held.attention, held.experts) if worker),
-            page_tokens=pools.page_tokens if pools else 0,
-            global_pages=pools.global_pages if pools else 0,
-            chunked_pages=pools.chunked_pages if pools else 0,
-            proofs=held.experts.proofs(held.spec.slots) if held.experts else {},
-        )
+        return self._loaded_state().loaded(epoch)
 
     def prepare(self, epoch: Epoch, hurries: bool = False) -> None:
         """First phase: all that waits for peers or may be slow, beside the steps of the epoch before. `hurries`: none
@@ -261,8 +151,7 @@ class Rank:
                 self._stream.synchronize()
 
     def _check_held(self, epoch: Epoch) -> None:
-        held, spec = self._loaded_state(), epoch.ranks[epoch.position(self.rank)]
-        if spec != held.spec or (held.experts is not None and not held.experts.holds(spec.slots)):
+        if not self._loaded_state().holds(epoch.ranks[epoch.position(self.rank)]):
             raise RankError(self.rank, f"does not hold the slots that epoch {epoch.epoch} names")
 
     def _form(self, epoch: Epoch, group: EpochGroup, hurries: bool) -> NextEpoch:
@@ -270,9 +159,9 @@ class Rank:
         if len(epoch.ranks) > 1 and held.tp.size == 1:
             slots = {position: spec.slots for position, spec in enumerate(epoch.ranks)}
             part = Part(
-                routing=self._routing(held.model, slots),
+                routing=held.routing(slots),
                 experts=held.experts,
-                shape=self._token_shape(held.model, held.pipeline),
+                shape=held.token_shape,
                 before=None if hurries else self._between_ranks,
             )
         position = epoch.position(self.rank)
@@ -335,11 +224,11 @@ class Rank:
             return False
         return successor.take_over(before)
 
-    def _make_dispatch(self, epoch: Epoch, held: _Held, fresh: bool) -> Dispatch:
+    def _make_dispatch(self, epoch: Epoch, held: Held, fresh: bool) -> Dispatch:
         """The dispatch of the layout. A unit whose members are as before keeps its own, with tables in place."""
         model, slots = held.model, {position: spec.slots for position, spec in enumerate(epoch.ranks)}
         if held.spec.expert_shard[1] > 1:  # every token passes every slice, and the unit's sum joins the terms
-            return self._local_dispatch(held)
+            return held.local_dispatch()
         if held.tp.size > 1:
             assert held.experts is not None, "ranks of a unit have both roles"
             if isinstance(self._dispatch, ReplicatedDispatch) and not fresh:
@@ -350,17 +239,7 @@ class Rank:
             )
         if self._between_ranks is not None:
             return self._between_ranks
-        return self._local_dispatch(held)
-
-    def _local_dispatch(self, held: _Held) -> LocalDispatch:
-        """To this process alone: always the same one, which graphs may have captured."""
-        assert held.experts is not None, "who asks nobody else has both roles"
-        routing = self._routing(held.model, {0: held.spec.slots})
-        if held.local is None:
-            held.local = LocalDispatch(held.experts, routing)
-        else:
-            held.local.update(routing)
-        return held.local
+        return held.local_dispatch()
 
     def leave(self) -> None:
         """Ends this rank's part in its epoch; peers that wait for it get an error at once."""
@@ -491,7 +370,7 @@ class Rank:
             self._between_ranks.serve_step(plan.tokens_of_rank)
         return None
 
-    def _loaded_state(self) -> _Held:
+    def _loaded_state(self) -> Held:
         if self._held is None:
             raise RankError(self.rank, "has loaded nothing")
         return self._held
@@ -505,11 +384,6 @@ class Rank:
             self._next_report_s = now_s + EXPERT_REPORT_S
             attention.request_expert_tokens()
         return attention.take_expert_tokens()
-
-
-def _parts(spec: RankSpec) -> tuple[object, ...]:
-    """What of a spec cannot change while weights stay in memory."""
-    return spec.roles, spec.shard, spec.expert_shard
 
 
 def _number(epoch: Epoch, position: int, unknown: int) -> int:

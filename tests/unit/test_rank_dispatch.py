@@ -12,8 +12,9 @@ from actors.dispatch.by_size import DispatchBySize
 from actors.dispatch.collective import CollectiveDispatch
 from actors.dispatch.local import LocalDispatch
 from actors.dispatch.replicated import ReplicatedDispatch
+from actors.held import Held
 from actors.next_epoch import NextEpoch
-from actors.rank import Rank, _Held
+from actors.rank import Rank
 from actors.types import Epoch, RankPlan, RankSpec, StepPlan
 
 MODEL = shape_config(SHAPES["tiny"])
@@ -58,7 +59,10 @@ def make_rank(spec: RankSpec) -> tuple[Rank, Workers]:
     rank, workers = Rank(spec.rank, torch.device("cpu"), "127.0.0.1"), Workers(spec.shard[1])
     rank._group = Group()  # type: ignore[assignment]
     stand_in: Any = workers
-    rank._held = _Held(spec, PipelineConfig(model=str(Path("m"))), MODEL, stand_in, stand_in, None, stand_in)
+    rank._held = Held(
+        spec=spec, pipeline=PipelineConfig(model=str(Path("m"))), model=MODEL, device=torch.device("cpu"), tp=stand_in,
+        attention=stand_in, experts=stand_in,
+    )  # fmt: skip
     return rank, workers
 
 
