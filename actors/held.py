@@ -4,7 +4,7 @@ Owns the order of loading, and what is run once before anybody waits for a step.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,16 +22,13 @@ from actors.dispatch.local import LocalDispatch
 from actors.dispatch.rows import TokenShape
 from actors.dispatch.tensor_parallel import TensorParallel, make_tensor_parallel
 from actors.errors import RankError
-from actors.expert.worker import ExpertWorker
+from actors.expert.worker import ExpertWorker, Report
 from actors.laps import Laps
 from actors.precision import compute_dtype
 from actors.types import Loaded, RankSpec, SlotSource
 from actors.wire import ChannelKeys
 
 log = logging.getLogger("corral.rank")
-
-Report = Callable[[int, int], None]
-"""Gets bytes done and bytes in all."""
 
 
 @dataclass(slots=True, kw_only=True)

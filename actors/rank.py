@@ -8,7 +8,7 @@ Two threads call it: one runs `join` and `step` in order; the other runs `load`,
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ from actors.dispatch.group import EpochGroup
 from actors.dispatch.local import LocalDispatch
 from actors.dispatch.replicated import ReplicatedDispatch
 from actors.errors import RankError
-from actors.expert.worker import ExpertWorker
+from actors.expert.worker import ExpertWorker, Report
 from actors.held import Held
 from actors.laps import Laps
 from actors.next_epoch import BetweenRanks, NextEpoch, Part, form, reach_peers
@@ -96,13 +96,7 @@ class Rank:
 
     # --- beside the steps ---------------------------------------------------------------------------------------------
 
-    def load(
-        self,
-        spec: RankSpec,
-        pipeline: PipelineConfig,
-        sources: Sequence[SlotSource],
-        report: Callable[[int, int], None],
-    ) -> None:
+    def load(self, spec: RankSpec, pipeline: PipelineConfig, sources: Sequence[SlotSource], report: Report) -> None:
         """Reads (or copies from peers, or makes) what `spec` names and is not there yet, beside serving.
 
         `report` gets bytes done and bytes in all. Raises CheckpointError, ConfigError; RankError where a slot that

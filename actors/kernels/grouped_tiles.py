@@ -14,8 +14,9 @@ NUM_MULTIPROCESSORS = 132  # of an H200
 MIN_PROGRAMS = 2 * NUM_MULTIPROCESSORS
 MAX_SPLIT_ROWS = 4  # of FP8
 SLICE_STREAMING_ROWS = 96  # per slot: tiles of 64 rows are ahead of torch's kernel on slices of experts
-MAX_FEW_INT4_ROWS, MAX_FEW_INT4_ROWS_PER_SLOT = 64, 4  # where one slot takes all rows: 8 for gate and up, 16 for down
-MAX_INT4_ROWS_OF_ONE_SLOT = 256  # with more, one slot's tiles are those of several
+MAX_FEW_INT4_ROWS, MAX_FEW_INT4_ROWS_PER_SLOT = 64, 4
+MAX_FEW_INT4_ROWS_OF_GATE_UP, MAX_FEW_INT4_ROWS_OF_DOWN = 8, 16  # where one slot takes all rows
+MAX_INT4_ROWS_OF_ONE_SLOT, MAX_INT4_ROWS_PER_SLOT = 256, 128  # with more, tiles are those of all forms
 MAX_FEW_PLAIN_ROWS = 8
 
 
@@ -24,7 +25,7 @@ def choose_tiles(form: Form, num_rows: int, inputs: int, num_slots: int, outputs
     rows_per_slot = num_rows / num_slots
     if form == "int4" and num_slots == 1 and num_rows <= MAX_INT4_ROWS_OF_ONE_SLOT:
         return _int4_tiles_of_one_slot(num_rows, outputs)
-    if form == "int4" and rows_per_slot <= 128:
+    if form == "int4" and rows_per_slot <= MAX_INT4_ROWS_PER_SLOT:
         return _int4_tiles(rows_per_slot)
     if form == "fp8" and 48 < rows_per_slot <= SLICE_STREAMING_ROWS:
         return Tiles(outputs=128, rows=64, inputs=128, warps=4, stages=4)
@@ -43,7 +44,7 @@ def choose_tiles(form: Form, num_rows: int, inputs: int, num_slots: int, outputs
 
 
 def _int4_tiles(rows_per_slot: float) -> Tiles:
-    """Of several slots with up to 128 rows each."""
+    """Of several slots."""
     if rows_per_slot > 48:
         return Tiles(outputs=128, rows=64, inputs=128, group=16)
     return Tiles(outputs=64, rows=32 if rows_per_slot > 12 else 16, inputs=128)
@@ -64,16 +65,7 @@ def choose_few_rows(
     `is_single`: one slot that takes all rows.
     """
     if form == "int4":
-        max_rows = max(MAX_FEW_INT4_ROWS, MAX_FEW_INT4_ROWS_PER_SLOT * num_slots)
-        if num_rows > ((8 if swiglu else 16) if is_single else max_rows) or inputs % 512 != 0:
-            return None
-        if swiglu and (is_single or num_rows == 1):
-            return FewRowsTiles(outputs=32, rows=8, inputs=128, warps=4, stages=4)
-        if swiglu or num_rows > 32:
-            return FewRowsTiles(outputs=64, rows=8, inputs=128, warps=2, stages=3)
-        if num_rows == 1 and inputs % 2048 == 0:  # one row has too few programs
-            return FewRowsTiles(outputs=64, rows=8, inputs=128, warps=4, stages=3, split=4)
-        return FewRowsTiles(outputs=32, rows=8, inputs=128, warps=4, stages=3)
+        return _few_int4_rows(num_rows, inputs, num_slots, swiglu=swiglu, is_single=is_single)
     if form == "fp8" or not is_single or num_rows > MAX_FEW_PLAIN_ROWS:
         return None
     if num_rows == 1:
@@ -84,3 +76,21 @@ def choose_few_rows(
     if block is None or inputs % 512 != 0:
         return None
     return FewRowsTiles(outputs=block, rows=8, inputs=128, warps=4, stages=5 if block == 16 else 3)
+
+
+def _few_int4_rows(
+    num_rows: int, inputs: int, num_slots: int, *, swiglu: bool, is_single: bool
+) -> FewRowsTiles | None:  # fmt: skip
+    if is_single:
+        max_rows = MAX_FEW_INT4_ROWS_OF_GATE_UP if swiglu else MAX_FEW_INT4_ROWS_OF_DOWN
+    else:
+        max_rows = max(MAX_FEW_INT4_ROWS, MAX_FEW_INT4_ROWS_PER_SLOT * num_slots)
+    if num_rows > max_rows or inputs % 512 != 0:
+        return None
+    if swiglu and (is_single or num_rows == 1):
+        return FewRowsTiles(outputs=32, rows=8, inputs=128, warps=4, stages=4)
+    if swiglu or num_rows > 32:
+        return FewRowsTiles(outputs=64, rows=8, inputs=128, warps=2, stages=3)
+    if num_rows == 1 and inputs % 2048 == 0:  # one row has too few programs
+        return FewRowsTiles(outputs=64, rows=8, inputs=128, warps=4, stages=3, split=4)
+    return FewRowsTiles(outputs=32, rows=8, inputs=128, warps=4, stages=3)

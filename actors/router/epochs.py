@@ -14,15 +14,15 @@ a change that fails leaves it so. A lost member of the epoch that serves ends th
 says who can serve soonest, and the same phases bring them up again.
 """
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from actors.expert.proofs import Disagreement, disagreements
 from actors.router.actions import Action, BeginServing, ChangeRecord, Connect, Kill, Start, Suspend, Tell
+from actors.router.change import Change, Phase, numbers, same_units, shared
 from actors.router.membership import ExpertTokens, Goal, MembershipPlanner, Proposal
 from actors.types import (
     Attach,
@@ -52,14 +52,6 @@ BLAME_AFTER_TRIES = 3  # a rank that does not answer so often is lost
 HISTORY = 20
 
 
-class Phase(Enum):
-    STARTING = "starting ranks"
-    LOADING = "loading weights"
-    PREPARING = "preparing the epoch"
-    DRAINING = "finishing steps"
-    JOINING = "joining the epoch"
-
-
 @dataclass(slots=True)
 class _Member:
     """A process that lives or is being started. `spec` is what it is known to hold."""
@@ -67,34 +59,6 @@ class _Member:
     endpoints: RankEndpoints | None = None
     spec: RankSpec | None = None
     loaded: Loaded | None = None
-
-
-@dataclass(slots=True)
-class _Change:
-    epoch: Epoch
-    why: str
-    began_s: float
-    is_planned: bool
-    phase: Phase = Phase.STARTING
-    waiting_for: set[int] = field(default_factory=set)
-    ends_s: float = float("inf")
-    paused_s: float = 0.0  # when planning stopped for it
-    phases_s: dict[str, float] = field(default_factory=dict)  # that are over
-    entered_s: float = 0.0  # when the phase that it is in began
-    loads: dict[int, Load] = field(default_factory=dict)  # what each rank was told to load
-    heard_s: dict[int, float] = field(default_factory=dict)  # when a rank that loads was last told, or heard of
-    accused: Counter[int] = field(default_factory=Counter)
-    problems: list[str] = field(default_factory=list)
-
-    @property
-    def ranks(self) -> tuple[RankSpec, ...]:
-        return self.epoch.ranks
-
-    def leave_phase(self, now_s: float) -> None:
-        """Notes how long it took."""
-        if self.entered_s:
-            self.phases_s[self.phase.value] = now_s - self.entered_s
-        self.entered_s = now_s
 
 
 class EpochMachine:
@@ -126,7 +90,7 @@ class EpochMachine:
         self._number = 0  # of the latest epoch that was tried
         self._last: Epoch | None = None  # the epoch that serves, or served last
         self._kept: set[int] = set()  # attention ranks that have the requests of `_last`, as far as they live
-        self._change: _Change | None = None
+        self._change: Change | None = None
         self._retry_at_s = float("inf")
         self._retry_s = RETRY_FIRST_S
         self._tries = 0  # to get up again since the last epoch served
@@ -251,9 +215,9 @@ class EpochMachine:
         if rank in self._finding:
             self._finding.discard(rank)
             return [] if self._finding else self._found(now_s)
-        if self.serving and self._last is not None and rank in _numbers(self._last.ranks):
+        if self.serving and self._last is not None and rank in numbers(self._last.ranks):
             return self._suspend(problem, now_s) + self._bring_up(problem, now_s)
-        if self._change is None or rank not in _numbers(self._change.ranks):
+        if self._change is None or rank not in self._change.numbers:
             return []
         return self._fail(problem, now_s)
 
@@ -283,7 +247,7 @@ class EpochMachine:
         if change is None or message.epoch != change.epoch.epoch or message.rank not in change.waiting_for:
             return []
         member = self._members[message.rank]
-        member.loaded, member.spec = message, _spec_of(change.ranks, message.rank)
+        member.loaded, member.spec = message, change.spec_of(message.rank)
         return self._answered(Phase.LOADING, message.rank, now_s)
 
     def on_prepared(self, message: Prepared, now_s: float) -> list[Action]:
@@ -303,7 +267,7 @@ class EpochMachine:
             return self.break_epoch(problem, now_s)
         change = self._change
         if change is not None and self._breaks_unit(message, change):
-            self._kept -= _shared(self._last)
+            self._kept -= shared(self._last)
             return self._fail(problem, now_s)
         if change is None or not self._is_current(message.epoch):
             return []
@@ -316,10 +280,10 @@ class EpochMachine:
             return self._fail(problem, now_s)
         return self._answered(change.phase, message.rank, now_s)
 
-    def _breaks_unit(self, message: Failed, change: _Change) -> bool:
+    def _breaks_unit(self, message: Failed, change: Change) -> bool:
         """Whether a rank reports, as the next epoch is joined, that it has not finished a step its leader answered."""
         is_late = self._last is not None and message.epoch == self._last.epoch and change.phase is Phase.JOINING
-        return is_late and message.rank in self._kept & _shared(self._last)
+        return is_late and message.rank in self._kept & shared(self._last)
 
     def tick(self, now_s: float) -> list[Action]:
         """Lets time pass: a phase over its time fails, a pause ends."""
@@ -339,7 +303,7 @@ class EpochMachine:
             return self._bring_up(self.problem, now_s)
         return self._load_again(change, now_s) if change is not None and change.phase is Phase.LOADING else []
 
-    def _load_again(self, change: _Change, now_s: float) -> list[Action]:
+    def _load_again(self, change: Change, now_s: float) -> list[Action]:
         """Tells ranks that have been silent once more what to load: those that have it only answer."""
         silent = [rank for rank in sorted(change.waiting_for) if now_s - change.heard_s[rank] > LOAD_AGAIN_S]
         change.heard_s.update(dict.fromkeys(silent, now_s))
@@ -359,10 +323,10 @@ class EpochMachine:
             ranks = self._planner.recover(survivors, lost, self._next_rank)
         else:
             ranks = self._planner.first(self.goal, self._next_rank)
-        wanted = _numbers(ranks)
+        wanted = numbers(ranks)
         dropped: list[Action] = [Kill(rank) for rank in sorted(self._members) if rank not in wanted]
         self._members = {rank: member for rank, member in self._members.items() if rank in wanted}
-        self._kept = (self._kept & wanted) - _shared(self._last)
+        self._kept = (self._kept & wanted) - shared(self._last)
         return dropped + self._start_change(ranks, why, now_s, is_planned=False)
 
     def _start_change(
@@ -370,14 +334,14 @@ class EpochMachine:
         start_within_s: float = START_TIMEOUT_S,
     ) -> list[Action]:  # fmt: skip
         self._number = max(self._number + 1, int(now_s * 1000))  # above any epoch of a router before us
-        self._change = _Change(Epoch(epoch=self._number, ranks=ranks), why, now_s, is_planned)
+        self._change = Change(Epoch(epoch=self._number, ranks=ranks), why, now_s, is_planned)
         self._retry_at_s, self._progress = float("inf"), {}
         new = [spec for spec in ranks if spec.rank not in self._members]
         for spec in new:
             self._members[spec.rank] = _Member()
             self._next_rank = max(self._next_rank, spec.rank + 1)
         actions: list[Action] = [Start(spec.rank, spec.roles) for spec in new]
-        starting = {rank for rank in _numbers(ranks) if self._members[rank].endpoints is None}
+        starting = {rank for rank in numbers(ranks) if self._members[rank].endpoints is None}
         return actions + self._enter(Phase.STARTING, starting, now_s, start_within_s)
 
     def _enter(self, phase: Phase, waiting_for: set[int], now_s: float, timeout_s: float) -> list[Action]:
@@ -414,7 +378,7 @@ class EpochMachine:
             case Phase.JOINING:
                 return self._serve(change, now_s)
 
-    def _load(self, change: _Change, now_s: float) -> list[Action]:
+    def _load(self, change: Change, now_s: float) -> list[Action]:
         for spec in change.ranks:
             sources = self._sources(spec) if spec != self._members[spec.rank].spec else ()
             change.loads[spec.rank] = Load(
@@ -422,7 +386,7 @@ class EpochMachine:
             )
         change.heard_s = dict.fromkeys(change.loads, now_s)
         tells: list[Action] = [Tell(rank, load) for rank, load in change.loads.items()]
-        return tells + self._enter(Phase.LOADING, _numbers(change.ranks), now_s, float("inf"))
+        return tells + self._enter(Phase.LOADING, change.numbers, now_s, float("inf"))
 
     def _sources(self, spec: RankSpec) -> tuple[SlotSource, ...]:
         """Peers that hold experts in the last epoch and can give them to `spec`'s rank."""
@@ -435,9 +399,9 @@ class EpochMachine:
                 sources.append(SlotSource(endpoint=member.endpoints.weights, experts=peer.slots))
         return tuple(sources)
 
-    def _prepare(self, change: _Change, now_s: float) -> list[Action]:
+    def _prepare(self, change: Change, now_s: float) -> list[Action]:
         loaded = {rank: member.loaded for rank, member in self._members.items() if member.loaded is not None}
-        proofs = {rank: loaded[rank].proofs for rank in _numbers(change.ranks)}
+        proofs = {rank: loaded[rank].proofs for rank in change.numbers}
         wrong = disagreements(change.ranks, proofs)
         if wrong:
             return self._settle_dispute(change, wrong[0], now_s)
@@ -448,15 +412,15 @@ class EpochMachine:
         hurries = not self.serving and self._has_served
         tells: list[Action] = [Tell(s.rank, Prepare(epoch=epoch, hurries=hurries)) for s in change.ranks]
         timeout_s = self._join_timeout_s + PREPARE_MARGIN_S
-        return tells + self._enter(Phase.PREPARING, _numbers(change.ranks), now_s, timeout_s)
+        return tells + self._enter(Phase.PREPARING, change.numbers, now_s, timeout_s)
 
-    def _settle_dispute(self, change: _Change, wrong: Disagreement, now_s: float) -> list[Action]:
+    def _settle_dispute(self, change: Change, wrong: Disagreement, now_s: float) -> list[Action]:
         """Replicas differ, and who is right is a guess. So next time all is read from the checkpoint; if they differ
         again, the one that is outvoted goes, and then the others and it in turn.
         """
         self._disputes += 1
         problem = f"rank {wrong.rank}, layer {wrong.layer}, slot {wrong.slot}: {wrong.why}"
-        expert = _spec_of(change.ranks, wrong.rank).slots[wrong.layer][wrong.slot]
+        expert = change.spec_of(wrong.rank).slots[wrong.layer][wrong.slot]
         holders = [spec.rank for spec in change.ranks if expert in spec.slots.get(wrong.layer, ())]
         others = [rank for rank in holders if rank != wrong.rank]
         suspects = [wrong.rank] if self._disputes % 2 == 0 else others if self._disputes > 1 else []
@@ -468,19 +432,19 @@ class EpochMachine:
         assert endpoints is not None, "it was waited for"
         return endpoints.steps
 
-    def _join(self, change: _Change, now_s: float) -> list[Action]:
+    def _join(self, change: Change, now_s: float) -> list[Action]:
         """From here on the epoch before is gone."""
         self.serving = False
-        self._kept &= _same_units(self._last, change.ranks)
+        self._kept &= same_units(self._last, change.ranks)
         self._suspended_s = change.paused_s if self._suspended_s is None else self._suspended_s
         tells: list[Action] = [
             Tell(spec.rank, Join(epoch=change.epoch.epoch, fresh=spec.rank not in self._kept)) for spec in change.ranks
         ]
-        return tells + self._enter(Phase.JOINING, _numbers(change.ranks), now_s, self._join_timeout_s + 1.0)
+        return tells + self._enter(Phase.JOINING, change.numbers, now_s, self._join_timeout_s + 1.0)
 
-    def _serve(self, change: _Change, now_s: float) -> list[Action]:
+    def _serve(self, change: Change, now_s: float) -> list[Action]:
         epoch, kept = change.epoch, frozenset(self._kept)
-        members = _numbers(epoch.ranks)
+        members = numbers(epoch.ranks)
         loaded = {rank: member.loaded for rank, member in self._members.items() if rank in members and member.loaded}
         retired = sorted(set(self._members) - members)
         self._record(change, "", now_s)
@@ -515,7 +479,7 @@ class EpochMachine:
         self._retry_s = min(self._retry_s * 2, RETRY_MOST_S)
         actions: list[Action] = []
         if self.serving and self._last is not None:
-            serving = _numbers(self._last.ranks)
+            serving = numbers(self._last.ranks)
             actions += [Kill(rank) for rank in sorted(self._members) if rank not in serving]
             self._members = {rank: member for rank, member in self._members.items() if rank in serving}
             return actions
@@ -523,66 +487,20 @@ class EpochMachine:
         self.problem = problem
         if change.phase is Phase.JOINING:
             leave = Leave(epoch=change.epoch.epoch)
-            actions += [Tell(rank, leave) for rank in sorted(self._members) if rank in _numbers(change.ranks)]
-        for rank in (*guilty, *_most_accused(change.accused)):
+            actions += [Tell(rank, leave) for rank in sorted(self._members) if rank in change.numbers]
+        for rank in (*guilty, *change.most_accused):
             if rank in self._members:
                 actions += [Kill(rank)]
                 del self._members[rank]
         return actions
 
-    def _record(self, change: _Change, problem: str, now_s: float) -> None:
-        change.leave_phase(now_s)
+    def _record(self, change: Change, problem: str, now_s: float) -> None:
         self.num_failed += bool(problem)
         self.num_done += not problem
         pause_s = 0.0
         if not problem and self._suspended_s is not None:
             pause_s, self._suspended_s = now_s - self._suspended_s, None
-        self.history.append(
-            ChangeRecord(
-                epoch=change.epoch.epoch,
-                why=change.why,
-                began_s=change.began_s,
-                took_s=now_s - change.began_s,
-                pause_s=pause_s,
-                problem=problem,
-                phases_s=change.phases_s,
-            )
-        )
+        self.history.append(change.record(problem, pause_s, now_s))
 
     def _is_current(self, epoch: int) -> bool:
         return self._change is not None and self._change.epoch.epoch == epoch
-
-
-def _numbers(ranks: Sequence[RankSpec]) -> set[int]:
-    return {spec.rank for spec in ranks}
-
-
-def _shared(epoch: Epoch | None) -> set[int]:
-    """Ranks that share an attention with others."""
-    return {spec.rank for spec in epoch.ranks if spec.shard[1] > 1} if epoch else set()
-
-
-def _same_units(before: Epoch | None, after: Sequence[RankSpec]) -> set[int]:
-    """Ranks whose units have the same members, with the same shards, as before."""
-    old, new = _units(before.ranks if before else ()), _units(after)
-    return {rank for unit in old.values() if unit in new.values() for rank, _ in unit}
-
-
-def _units(ranks: Sequence[RankSpec]) -> dict[int, set[tuple[int, tuple[int, int]]]]:
-    """By leader: its unit's members, each with its shard."""
-    units: dict[int, set[tuple[int, tuple[int, int]]]] = {}
-    for spec in ranks:
-        units.setdefault(spec.unit, set()).add((spec.rank, spec.shard))
-    return units
-
-
-def _spec_of(ranks: Sequence[RankSpec], rank: int) -> RankSpec:
-    return next(spec for spec in ranks if spec.rank == rank)
-
-
-def _most_accused(accused: Counter[int]) -> list[int]:
-    """The one rank that most others cannot reach; of equals the youngest, which has the least to lose."""
-    if not accused:
-        return []
-    most = max(accused.values())
-    return [max(rank for rank, count in accused.items() if count == most)]

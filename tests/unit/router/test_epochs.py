@@ -6,7 +6,8 @@ import pytest
 from msgspec import structs
 
 from actors.router.actions import Action, BeginServing, Connect, Kill, Start, Suspend, Tell
-from actors.router.epochs import EpochMachine, Phase
+from actors.router.change import Phase
+from actors.router.epochs import EpochMachine
 from actors.router.membership import ExpertTokens, Goal, Proposal
 from actors.types import (
     EMPTY_SLOT,
